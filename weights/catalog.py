@@ -1,0 +1,161 @@
+"""Every model file that the container may need: where it comes from, its size, its licence.
+
+Two editions share their names: `full` is the real models, `miniature` the tiny ones that this
+repository contains, of the same classes and in the same file layout. To add a model, add one entry
+to `CATALOG`.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from weights.errors import UnknownWeights
+
+
+class Edition(StrEnum):
+    """Which set of weights serves a request."""
+
+    FULL = "full"
+    MINIATURE = "miniature"
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """Files of one Hugging Face repository, kept under the same relative paths.
+
+    `revision` is a commit, branch or tag. `size_bytes` is their sum, for people to read: the disk
+    check takes exact sizes from the lock or the hub.
+    """
+
+    repo: str
+    revision: str
+    files: tuple[str, ...]
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class UrlFile:
+    """One file at an https address; `sha256` in hexadecimal, `size_bytes` exact."""
+
+    url: str
+    filename: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class PackagedFiles:
+    """A folder under `weights/miniature/`, part of this repository."""
+
+    folder: str
+
+
+Source = HubFiles | UrlFile | PackagedFiles
+
+
+@dataclass(frozen=True)
+class CatalogEntry:
+    """One model, or one part of a model, that is fetched and kept as a whole."""
+
+    name: str
+    source: Source
+    licence: str
+    commercial_use: bool  # whether the licence allows it; its other conditions still hold
+
+
+RAIL_PLUS_PLUS_M = "CreativeML Open RAIL++-M"
+
+# The three revisions are the ones that public code pins for these repositories. Sizes of the base
+# and of the VAE were added up from published file lists of exactly these revisions. The refiner's
+# UNet is known to a few hundred bytes only, so its sum is approximate.
+_FULL: dict[str, CatalogEntry] = {
+    # Without its VAE, which overflows in fp16: "sdxl-vae-fp16-fix" takes its place.
+    "sdxl-base": CatalogEntry(
+        name="sdxl-base",
+        source=HubFiles(
+            repo="stabilityai/stable-diffusion-xl-base-1.0",
+            revision="462165984030d82259a11f4367a4eed129e94a7b",
+            files=(
+                "model_index.json",
+                "scheduler/scheduler_config.json",
+                "text_encoder/config.json",
+                "text_encoder/model.fp16.safetensors",
+                "text_encoder_2/config.json",
+                "text_encoder_2/model.fp16.safetensors",
+                "tokenizer/merges.txt",
+                "tokenizer/special_tokens_map.json",
+                "tokenizer/tokenizer_config.json",
+                "tokenizer/vocab.json",
+                "tokenizer_2/merges.txt",
+                "tokenizer_2/special_tokens_map.json",
+                "tokenizer_2/tokenizer_config.json",
+                "tokenizer_2/vocab.json",
+                "unet/config.json",
+                "unet/diffusion_pytorch_model.fp16.safetensors",
+            ),
+            size_bytes=6_773_851_552,
+        ),
+        licence=RAIL_PLUS_PLUS_M,
+        commercial_use=True,
+    ),
+    # Without text_encoder_2 and VAE: the base's serve both (so do diffusers' SDXL documentation and
+    # cog-sdxl's predict.py), which saves 1.4 GB.
+    "sdxl-refiner": CatalogEntry(
+        name="sdxl-refiner",
+        source=HubFiles(
+            repo="stabilityai/stable-diffusion-xl-refiner-1.0",
+            revision="5d4cfe854c9a9a87939ff3653551c2b3c99a4356",
+            files=(
+                "model_index.json",
+                "scheduler/scheduler_config.json",
+                "tokenizer_2/merges.txt",
+                "tokenizer_2/special_tokens_map.json",
+                "tokenizer_2/tokenizer_config.json",
+                "tokenizer_2/vocab.json",
+                "unet/config.json",
+                "unet/diffusion_pytorch_model.fp16.safetensors",
+            ),
+            size_bytes=4_520_800_000,
+        ),
+        licence=RAIL_PLUS_PLUS_M,
+        commercial_use=True,
+    ),
+    "sdxl-vae-fp16-fix": CatalogEntry(
+        name="sdxl-vae-fp16-fix",
+        source=HubFiles(
+            repo="madebyollin/sdxl-vae-fp16-fix",
+            revision="207b116dae70ace3637169f1ddd2434b91b3a8cd",
+            files=("config.json", "diffusion_pytorch_model.safetensors"),
+            size_bytes=334_643_869,  # fp32 on disk; made to run in fp16
+        ),
+        licence="MIT",
+        commercial_use=True,
+    ),
+}
+
+_MINIATURE: dict[str, CatalogEntry] = {
+    # With its own VAE inside: a miniature needs no replacement.
+    "sdxl-base": CatalogEntry(
+        name="sdxl-base",
+        source=PackagedFiles(folder="sdxl-base"),
+        licence="Apache-2.0",
+        commercial_use=True,
+    ),
+}
+
+CATALOG: dict[Edition, dict[str, CatalogEntry]] = {
+    Edition.FULL: _FULL,
+    Edition.MINIATURE: _MINIATURE,
+}
+
+
+def get_entry(name: str, edition: Edition) -> CatalogEntry:
+    """The entry called `name`. Raises UnknownWeights, which lists the right names."""
+    entries = CATALOG[edition]
+    if name not in entries:
+        elsewhere = [str(other) for other in Edition if name in CATALOG[other]]
+        hint = f" It is in the {elsewhere[0]} edition: set WEIGHTS_EDITION." if elsewhere else ""
+        raise UnknownWeights(
+            f"weights {name!r} are not in the {edition} edition of the catalog;"
+            f" choose one of: {', '.join(sorted(entries))}.{hint}"
+        )
+    return entries[name]

@@ -1,0 +1,72 @@
+"""Which edition of the weights, and which device: two environment variables, read nowhere else.
+
+`WEIGHTS_EDITION` = full | miniature | auto (default): auto is full where a CUDA GPU is present.
+`DEVICE` = cuda | mps | cpu: by default the first of these that is available. Every edition runs on
+every device when asked to.
+"""
+
+import os
+import sys
+from typing import Literal
+
+from weights.catalog import Edition
+from weights.errors import WrongSetting
+
+Device = Literal["cuda", "mps", "cpu"]
+AUTO = "auto"
+
+
+def requested_edition() -> Edition | None:
+    """What WEIGHTS_EDITION says; None for auto. Raises WrongSetting for any other value."""
+    value = os.environ.get("WEIGHTS_EDITION", "").strip().lower() or AUTO
+    if value == AUTO:
+        return None
+    try:
+        return Edition(value)
+    except ValueError:
+        choices = ", ".join([*Edition, AUTO])
+        raise WrongSetting(f"WEIGHTS_EDITION is {value!r}; set it to one of: {choices}") from None
+
+
+def resolve_edition(cuda_available: bool) -> Edition:
+    """The edition to use. Where that is automatic, one line on stderr says which and why."""
+    requested = requested_edition()
+    if requested is not None:
+        return requested
+    edition = Edition.FULL if cuda_available else Edition.MINIATURE
+    why = "a CUDA GPU is present" if cuda_available else "no CUDA GPU is present"
+    print(
+        f"Using the {edition} weights: {why} (WEIGHTS_EDITION=full|miniature overrides)",
+        file=sys.stderr,
+    )
+    return edition
+
+
+def available_devices() -> tuple[Device, ...]:
+    """The devices that this machine has, best first; always ends with cpu. Imports torch."""
+    import torch  # here, so that listing and prefetching weights need no torch
+
+    devices: list[Device] = []
+    if torch.cuda.is_available():
+        devices.append("cuda")
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    return (*devices, "cpu")
+
+
+def resolve_device() -> Device:
+    """DEVICE, or else the best device there is.
+
+    Raises WrongSetting for a device that this machine lacks.
+    """
+    available = available_devices()
+    requested = os.environ.get("DEVICE", "").strip().lower()
+    if not requested:
+        return available[0]
+    for device in available:
+        if device == requested:
+            return device
+    raise WrongSetting(
+        f"DEVICE is {requested!r}, which this machine does not have;"
+        f" set it to one of: {', '.join(available)}"
+    )
