@@ -1,0 +1,1 @@
+"""Tools that keep generated files equal to their sources."""
