@@ -11,7 +11,7 @@ from weights.errors import WeightsError
 HEADINGS = ("name", "edition", "files", "size", "licence", "commercial use", "present")
 ENVIRONMENT = """\
 environment:
-  WEIGHTS_EDITION  full | miniature | auto (full where a CUDA GPU is present)
+  WEIGHTS_EDITION  full | miniature | auto (full where a CUDA GPU is used)
   WEIGHTS_CACHE    where downloads are kept (default ~/.cache/cog-stable-diffusion; in a
                    container, /src/.cache/cog-stable-diffusion)
   WEIGHTS_MIRROR   base address that replaces the hub, see weights/download.py

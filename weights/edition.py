@@ -1,6 +1,6 @@
 """Which edition of the weights, and which device: two environment variables, read nowhere else.
 
-`WEIGHTS_EDITION` = full | miniature | auto (default): auto is full where a CUDA GPU is present.
+`WEIGHTS_EDITION` = full | miniature | auto (default): auto is full where a CUDA GPU is used.
 `DEVICE` = cuda | mps | cpu: by default the first of these that is available. Every edition runs on
 every device when asked to.
 """
@@ -34,7 +34,7 @@ def resolve_edition(cuda_available: bool) -> Edition:
     if requested is not None:
         return requested
     edition = Edition.FULL if cuda_available else Edition.MINIATURE
-    why = "a CUDA GPU is present" if cuda_available else "no CUDA GPU is present"
+    why = "a CUDA GPU is used" if cuda_available else "no CUDA GPU is used"
     print(
         f"Using the {edition} weights: {why} (WEIGHTS_EDITION=full|miniature overrides)",
         file=sys.stderr,

@@ -1,0 +1,61 @@
+"""The base models: what each is made of, its defaults and its limits."""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from weights.catalog import Edition
+
+
+class Family(StrEnum):
+    """Checkpoints of one family share an architecture, so pipelines are chosen by family."""
+
+    SDXL = "sdxl"
+
+
+@dataclass(frozen=True)
+class BaseModelSpec:
+    """One base model. Sides are in pixels; defaults apply where the request leaves a value open."""
+
+    name: str
+    family: Family
+    weights: str  # catalog entry: a folder in the hub's layout
+    vae_weights: str | None  # catalog entry of a VAE that replaces the one in `weights`
+    native_size: int
+    min_side: int
+    max_side: int
+    max_pixels: int
+    scheduler: str
+    num_inference_steps: int
+    guidance_scale: float
+
+
+SDXL = BaseModelSpec(
+    name="sdxl",
+    family=Family.SDXL,
+    weights="sdxl-base",
+    # SDXL's own VAE overflows in fp16 (black pictures); this one is the same model, rescaled.
+    vae_weights="sdxl-vae-fp16-fix",
+    native_size=1024,
+    min_side=256,
+    max_side=2048,
+    max_pixels=1536 * 1536,  # beyond about twice its training area SDXL repeats the subject
+    scheduler="K_EULER",
+    num_inference_steps=50,
+    guidance_scale=7.5,
+)
+
+MINIATURE_SDXL = replace(
+    SDXL,
+    vae_weights=None,
+    native_size=128,
+    min_side=64,
+    max_side=256,
+    max_pixels=192 * 192,
+    num_inference_steps=20,
+)
+
+BASE_MODELS: dict[Edition, dict[str, BaseModelSpec]] = {
+    Edition.FULL: {"sdxl": SDXL},
+    Edition.MINIATURE: {"sdxl": MINIATURE_SDXL},
+}
+DEFAULT_BASE_MODEL = "sdxl"

@@ -1,0 +1,97 @@
+"""Which diffusers pipeline does which work, and the store that loads a model's parts once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from generation.base_models import BaseModelSpec, Family
+from generation.request import Mode
+from generation.schedulers import build_scheduler
+from weights import cache
+from weights.catalog import Edition
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+# By name, so that a class is imported when it is first needed: importing all of diffusers'
+# pipelines takes longer than many a request.
+PIPELINE_CLASSES: dict[tuple[Family, Mode], str] = {
+    (Family.SDXL, Mode.TXT2IMG): "StableDiffusionXLPipeline",
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model's shared parts, and the scheduler config exactly as it came."""
+
+    parts: Mapping[str, object]  # component name → module or tokenizer
+    scheduler_config: Mapping[str, object]
+
+
+class PipelineStore:
+    """Loads each base model once; hands out a new pipeline around the shared parts per request.
+
+    A pipeline object keeps state of its call (guidance, scheduler, progress bar); making one takes
+    about a millisecond, and a new one per request leaves nothing for the next request to inherit.
+    """
+
+    def __init__(self, edition: Edition, device: torch.device, dtype: torch.dtype) -> None:
+        self._edition = edition
+        self._device = device
+        self._dtype = dtype
+        self._loaded: dict[str, LoadedModel] = {}
+
+    def load(self, spec: BaseModelSpec) -> LoadedModel:
+        """The model's parts on the device; read from disk (and fetched) on first use only."""
+        if spec.name not in self._loaded:
+            self._loaded[spec.name] = self._read(spec)
+        return self._loaded[spec.name]
+
+    def pipeline(self, spec: BaseModelSpec, mode: Mode, scheduler: str) -> DiffusionPipeline:
+        """A pipeline for one request, with a scheduler of its own."""
+        import diffusers
+
+        model = self.load(spec)
+        pipeline_class = getattr(diffusers, PIPELINE_CLASSES[spec.family, mode])
+        pipeline: DiffusionPipeline = pipeline_class(
+            **model.parts,
+            scheduler=build_scheduler(scheduler, model.scheduler_config),
+            add_watermarker=False,
+        )
+        return pipeline
+
+    def _read(self, spec: BaseModelSpec) -> LoadedModel:
+        import diffusers
+        from transformers.utils import logging as transformers_logging
+
+        # Their bars count parts of a model, several at once; ours are for downloads and denoising.
+        diffusers.utils.logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+        folder = cache.ensure(spec.weights, self._edition)
+        vae_folder = (
+            cache.ensure(spec.vae_weights, self._edition) if spec.vae_weights else folder / "vae"
+        )
+        vae = diffusers.AutoencoderKL.from_pretrained(
+            vae_folder,
+            variant=None if spec.vae_weights else "fp16",
+            dtype=self._dtype,
+            use_safetensors=True,
+        )
+        pipeline_class = getattr(diffusers, PIPELINE_CLASSES[spec.family, Mode.TXT2IMG])
+        pipeline = pipeline_class.from_pretrained(
+            folder,
+            vae=vae,
+            variant="fp16",
+            dtype=self._dtype,
+            use_safetensors=True,
+            add_watermarker=False,
+            local_files_only=True,
+        ).to(self._device)
+        parts = {name: part for name, part in pipeline.components.items() if name != "scheduler"}
+        config_file = folder / "scheduler" / "scheduler_config.json"
+        return LoadedModel(parts, json.loads(config_file.read_text(encoding="utf-8")))

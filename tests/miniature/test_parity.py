@@ -1,0 +1,54 @@
+"""The same numbers as stock diffusers with the same weights, to 1e-4 in fp32."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from generation.schedulers import SCHEDULERS
+from weights.miniature.evaluate import FOLDER as WEIGHTS
+from weights.miniature.evaluate import load_pipeline
+
+STOCK = {  # replicate/cog-sdxl, predict.py, SCHEDULERS
+    "DDIM": (diffusers.DDIMScheduler, {}),
+    "DPMSolverMultistep": (diffusers.DPMSolverMultistepScheduler, {}),
+    "HeunDiscrete": (diffusers.HeunDiscreteScheduler, {}),
+    "KarrasDPM": (diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "K_EULER_ANCESTRAL": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "K_EULER": (diffusers.EulerDiscreteScheduler, {}),
+    "PNDM": (diffusers.PNDMScheduler, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return load_pipeline(WEIGHTS)
+
+
+def test_every_scheduler_is_compared():
+    assert set(STOCK) == set(SCHEDULERS)
+
+
+@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize(("guidance", "width"), [(7.5, 128), (1.0, 128), (5.0, 160)])
+def test_equal_to_the_stock_pipeline(stock, make, name, guidance, width):
+    scheduler_class, overrides = STOCK[name]
+    pristine = diffusers.EulerDiscreteScheduler.load_config(WEIGHTS / "scheduler")
+    stock.scheduler = scheduler_class.from_config(pristine, **overrides)
+    arguments = {
+        "prompt": "a large red circle on a blue background",
+        "negative_prompt": "",
+        "width": width,
+        "height": 128,
+        "num_inference_steps": 8,
+        "guidance_scale": guidance,
+    }
+    seeds = {"generator": torch.Generator("cpu").manual_seed(5)}
+    latents = stock(**arguments, **seeds, output_type="latent").images
+    seeds = {"generator": torch.Generator("cpu").manual_seed(5)}
+    picture = stock(**arguments, **seeds).images[0]
+
+    ours = make(scheduler=name, guidance_scale=guidance, width=width, height=128, seed=5)
+    assert torch.allclose(ours.latents, latents, atol=1e-4, rtol=0)
+    difference = np.asarray(ours.pictures[0], dtype=int) - np.asarray(picture, dtype=int)
+    assert np.abs(difference).max() <= 1  # of 255: where a value lies on a rounding edge

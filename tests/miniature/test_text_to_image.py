@@ -1,0 +1,132 @@
+"""Text to image: the picture shows what was asked, and every input does what it says."""
+
+import numpy as np
+import pytest
+import torch
+
+from generation.base_models import MINIATURE_SDXL
+from generation.errors import InvalidRequest
+from generation.schedulers import SCHEDULERS
+from weights.miniature.captions import held_out_captions
+from weights.miniature.evaluate import (
+    ATTRIBUTES,
+    CAPTION_SEED,
+    CAPTIONS,
+    PSNR_BAR,
+    judge_captions,
+    load_pipeline,
+    shares,
+)
+from weights.miniature.evaluate import FOLDER as WEIGHTS
+from weights.miniature.train_vae import reconstruction_psnr
+from weights.miniature.world import Expectation, judge, read_picture
+
+RED_CIRCLE_ON_BLUE = Expectation(shape="circle", colour="red", background="blue", size="large")
+
+
+def test_held_out_captions_meet_the_bar():
+    pipeline = load_pipeline(WEIGHTS)
+    rows = judge_captions(pipeline, held_out_captions(CAPTIONS, CAPTION_SEED))
+    measured = shares(rows)
+    assert {name: measured[name] for name in ATTRIBUTES if measured[name] < ATTRIBUTES[name]} == {}
+    assert reconstruction_psnr(pipeline.vae, count=64, seed=12345) >= PSNR_BAR
+
+
+def test_the_readmes_first_picture(make):
+    made = make(num_inference_steps=None)
+    assert made.result.plan.num_inference_steps == 20
+    assert made.pictures[0].size == (128, 128)
+    assert judge(made.pictures[0], RED_CIRCLE_ON_BLUE).all_right
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler_makes_the_picture_that_was_asked(make, scheduler):
+    made = make(scheduler=scheduler, num_inference_steps=20, num_outputs=4, seed=100)
+    right = [judge(picture, RED_CIRCLE_ON_BLUE).all_right for picture in made.pictures]
+    assert sum(right) >= 3
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler_works_with_very_few_steps(make, scheduler, steps):
+    made = make(scheduler=scheduler, num_inference_steps=steps)
+    assert torch.isfinite(made.latents).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "a small green star on a yellow background"},
+        {"negative_prompt": "red circle"},
+        {"num_inference_steps": 12},
+        {"guidance_scale": 3.0},
+        {"guidance_scale": 0.0},
+        {"scheduler": "DDIM"},
+        {"scheduler": "K_EULER_ANCESTRAL"},
+        {"seed": 2},
+    ],
+)
+def test_every_input_changes_the_picture(make, change):
+    before, after = (np.asarray(m.pictures[0], dtype=int) for m in (make(), make(**change)))
+    assert np.abs(before - after).mean() > 0.5
+
+
+@pytest.mark.parametrize(("width", "height"), [(160, 104), (104, 160), (144, 144), (64, 64)])
+def test_the_picture_has_the_asked_size(make, width, height):
+    made = make(width=width, height=height)
+    assert made.pictures[0].size == (width, height)
+    assert read_picture(made.pictures[0]).background == "blue"
+
+
+@pytest.mark.parametrize(("scale", "rows"), [(0.0, 2), (1.0, 2), (1.5, 4)])
+def test_guidance_of_one_or_less_costs_no_second_pass(make, engine, scale, rows):
+    unet = engine._store.load(MINIATURE_SDXL).parts["unet"]
+    batches = []
+    handle = unet.register_forward_pre_hook(lambda module, args: batches.append(args[0].shape[0]))
+    try:
+        make(guidance_scale=scale, num_outputs=2, num_inference_steps=3)
+    finally:
+        handle.remove()
+    assert batches == [rows] * 3
+
+
+def test_a_picture_of_a_batch_equals_the_one_made_alone(make):
+    batch = make(num_outputs=3, seed=40)
+    for k in range(3):
+        alone = make(seed=40 + k)
+        assert torch.allclose(batch.latents[k], alone.latents[0], atol=1e-4, rtol=0)
+
+
+def test_the_seed_is_printed_and_an_open_one_can_be_used_again(make, capsys):
+    first = make(seed=None)
+    seed = int(capsys.readouterr().out.split("Using seed: ")[1].split()[0])
+    assert seed == first.result.plan.seeds[0]
+    assert make(seed=seed).bytes == first.bytes
+
+
+def test_a_negative_prompt_without_guidance_is_said_to_have_no_effect(make, capsys):
+    guided, unguided = make(negative_prompt="red"), make(negative_prompt="red", guidance_scale=1.0)
+    assert guided.bytes != unguided.bytes
+    assert capsys.readouterr().out.count("negative_prompt has no effect") == 1
+    assert make(guidance_scale=1.0).bytes == unguided.bytes
+
+
+def test_progress_shows_as_one_bar(make, capfd):
+    make(num_inference_steps=8)
+    text = capfd.readouterr().err
+    assert "8/8" in text
+    assert text.count("100%") == 1
+
+
+def test_what_it_took_is_measured(make):
+    result = make().result
+    assert set(result.seconds) == {"load", "text", "denoise", "decode", "save"}
+    assert all(seconds >= 0 for seconds in result.seconds.values())
+    assert result.seconds["denoise"] > 0
+    assert 100e6 < result.peak_memory < 20e9
+
+
+def test_bad_input_is_refused_before_anything_is_made(make, tmp_path):
+    with pytest.raises(InvalidRequest, match="nearest valid size is width=104"):
+        make(width=100)
+    assert [list(folder.iterdir()) for folder in tmp_path.iterdir()] == [[]]

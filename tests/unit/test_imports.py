@@ -1,0 +1,52 @@
+"""The import rule: predict.py → generation → weights, never back; and what stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAYERS = ["script", "predict", "train", "generation", "training", "preprocess", "weights"]
+MAY_IMPORT = {
+    "predict": {"generation", "weights"},
+    "train": {"training", "preprocess", "weights"},
+    "generation": {"generation", "preprocess", "weights"},
+    "training": {"training", "weights"},
+    "preprocess": {"preprocess", "weights"},
+    "weights": {"weights"},
+}
+SOURCES = [
+    path for name in MAY_IMPORT for path in [*Path().glob(f"{name}.py"), *Path(name).rglob("*.py")]
+]
+
+
+def _imported_modules(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} uses a relative import, which Cog's loader refuses"
+            yield node.module
+
+
+def test_there_is_something_to_check():
+    assert {"predict", "generation", "weights"} <= {path.parts[0].split(".")[0] for path in SOURCES}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_imports_go_one_way(path):
+    layer = path.parts[0].removesuffix(".py")
+    for module in _imported_modules(path):
+        top = module.split(".")[0]
+        assert top not in LAYERS or top in MAY_IMPORT[layer], f"{path} imports {module}"
+        assert layer == "predict" or top != "cog", f"{path} imports cog: only the boundary may"
+
+
+@pytest.mark.parametrize(
+    "module", ["generation.request", "generation.schedulers", "generation.base_models", "predict"]
+)
+def test_rules_are_checked_without_torch(module):
+    code = f"import sys, {module}; print('torch' in sys.modules, 'diffusers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False False"
