@@ -55,7 +55,7 @@ def make(engine, tmp_path, monkeypatch) -> Callable[..., Made]:
 
     monkeypatch.setattr(generation.engine, "_decode", watched_decode)
 
-    def make(**changes: object) -> Made:
+    def make(engine: Engine = engine, **changes: object) -> Made:
         folder = Path(tmp_path, str(len(list(tmp_path.iterdir()))))
         folder.mkdir()
         result = engine.generate(replace(RED_ON_BLUE, **changes), folder)

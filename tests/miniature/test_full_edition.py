@@ -1,0 +1,53 @@
+"""The full edition's own path, without real weights: its limits, and a VAE from elsewhere."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from generation.base_models import SDXL
+from generation.engine import Engine
+from generation.errors import InvalidRequest
+from weights import cache
+from weights.catalog import CATALOG, Edition
+from weights.miniature.evaluate import FOLDER
+
+
+@pytest.fixture
+def full_engine(tmp_path, monkeypatch):
+    """The full edition, its catalog answered with the miniature's files in the full layout."""
+    base, vae = tmp_path / "sdxl-base", tmp_path / "sdxl-vae-fp16-fix"
+    shutil.copytree(FOLDER, base)
+    (base / "vae").rename(vae)
+    stem = "diffusion_pytorch_model"
+    (vae / f"{stem}.fp16.safetensors").rename(vae / f"{stem}.safetensors")
+    asked = []
+
+    def ensure(name, edition):
+        assert edition is Edition.FULL
+        asked.append(name)
+        return {"sdxl-base": base, "sdxl-vae-fp16-fix": vae}[name]
+
+    monkeypatch.setattr(cache, "ensure", ensure)
+    engine = Engine(Edition.FULL, "cpu")
+    engine.load()
+    assert sorted(asked) == ["sdxl-base", "sdxl-vae-fp16-fix"]
+    return engine
+
+
+def test_every_entry_that_a_model_names_is_in_the_catalog():
+    assert {SDXL.weights, SDXL.vae_weights} <= set(CATALOG[Edition.FULL])
+
+
+def test_the_full_layout_makes_the_same_picture(full_engine, make, monkeypatch):
+    asked = {"width": 192, "height": 192, "num_inference_steps": 2}
+    small = make(**asked)  # on the miniature edition's engine
+    monkeypatch.setattr(full_engine, "_models", {"sdxl": replace(SDXL, min_side=192)})
+    assert make(engine=full_engine, **asked).bytes == small.bytes
+
+
+def test_the_full_editions_sizes_are_sdxls(full_engine, make):
+    with pytest.raises(InvalidRequest, match="from 256 to 2048"):
+        make(engine=full_engine, width=128)
+    made = make(engine=full_engine, width=256, height=264, num_inference_steps=1)
+    assert made.pictures[0].size == (256, 264)
