@@ -64,9 +64,7 @@ def test_every_scheduler_works_with_very_few_steps(make, scheduler, steps):
         {"num_inference_steps": 12},
         {"guidance_scale": 3.0},
         {"guidance_scale": 0.0},
-        {
-            "scheduler": "DPMSolverMultistep"
-        },  # not DDIM: without noise it is Euler (arXiv:2010.02502)
+        {"scheduler": "DPMSolverMultistep"},  # not DDIM: without noise it is Euler
         {"scheduler": "K_EULER_ANCESTRAL"},
         {"seed": 2},
     ],
