@@ -16,6 +16,8 @@ Entries of the miniature edition are folders of this repository and are used whe
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -57,19 +59,26 @@ def ensure(name: str, edition: Edition) -> Path:
             f"{name}: cannot make {folder.parent}: {error}; set WEIGHTS_CACHE to a folder that can"
             " be written"
         ) from error
-    lock = FileLock(folder.with_name(folder.name + ".lock"))
+    with one_at_a_time(folder.with_name(folder.name + ".lock"), name):
+        if not _is_complete(entry, folder):
+            (folder / COMPLETE).unlink(missing_ok=True)
+            _write_marker(folder, download_entry(entry, folder))
+    return folder
+
+
+@contextmanager
+def one_at_a_time(lock_path: Path, name: str) -> Iterator[None]:
+    """Hold a lock against other threads and processes, saying so where it has to be waited for."""
+    lock = FileLock(lock_path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         print(f"Waiting for another process that downloads {name}", file=sys.stderr)
         lock.acquire()
     try:
-        if not _is_complete(entry, folder):
-            (folder / COMPLETE).unlink(missing_ok=True)
-            _write_marker(folder, download_entry(entry, folder))
+        yield
     finally:
         lock.release()
-    return folder
 
 
 def is_present(name: str, edition: Edition) -> bool:

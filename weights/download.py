@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import NoReturn
 
 import httpx
 from tqdm import tqdm
@@ -24,8 +25,8 @@ from weights import hub, retry, transfer
 from weights.catalog import CatalogEntry, HubFiles, UrlFile
 from weights.errors import NotEnoughDisk, Offline
 from weights.lock import LockedEntry, LockedFile, locked_entry
+from weights.remote import Digest, RemoteFile
 from weights.retry import RetryPolicy
-from weights.transfer import Digest, RemoteFile
 
 DISK_MARGIN_BYTES = 256 << 20  # left free for everything else that shares the disk
 
@@ -51,17 +52,17 @@ def resolve_lock(entry: CatalogEntry) -> LockedEntry:
     if not isinstance(source, HubFiles):
         raise TypeError(f"{entry.name} is not on the hub, so there is nothing to lock")
     commit, files = _ask_hub(source)
-    small = [file for file in files if file.digest.kind != "sha256"]
-    locked = {
+    large = {
         file.path: LockedFile(file.size_bytes, file.digest.hexdigest)
         for file in files
-        if file not in small
+        if file.size_bytes is not None and file.digest is not None and file.digest.kind == "sha256"
     }
+    small = [file for file in files if file.path not in large]
     with tempfile.TemporaryDirectory(prefix="weights-lock-") as temporary:
         folder = Path(temporary)
         if small:
             fetch_files(small, folder, entry.name, retry.RETRY)
-        locked |= {file.path: _described(folder / file.path, file) for file in small}
+        locked = large | {file.path: _described(folder / file.path, file) for file in small}
     return LockedEntry(source.repo, source.revision, commit, locked)
 
 
@@ -73,18 +74,38 @@ def fetch_files(files: list[RemoteFile], folder: Path, label: str, policy: Retry
             " needed and HF_HUB_OFFLINE is set: unset it once, or copy the folder from a machine"
             f" that has it to {folder}"
         )
-    total = sum(file.size_bytes for file in files)
+    total = sum(file.size_bytes or 0 for file in files)
     have = sum(transfer.bytes_on_disk(transfer.partial_path(folder, file)) for file in files)
-    _check_disk(folder, total - have, f"{label} ({files[0].url} …)")
+    check_disk(folder, total - have, f"{label} ({files[0].url} …)")
     with (
-        httpx.Client(follow_redirects=True, timeout=transfer.TIMEOUT) as client,
-        tqdm(
-            desc=label, total=total, initial=have, unit="B", unit_scale=True, file=sys.stderr
-        ) as bar,
+        httpx.Client(timeout=transfer.TIMEOUT) as client,
+        progress_bar(label, total, have) as bar,
     ):
         for file in files:
             bar.set_postfix_str(file.path)
             transfer.fetch_file(client, _mirrored(file), folder, policy, bar.update)
+
+
+def progress_bar(label: str, total_bytes: int | None, have_bytes: int) -> "tqdm[NoReturn]":
+    """A bar in bytes, on stderr, which becomes the prediction's log."""
+    return tqdm(
+        desc=label,
+        total=total_bytes,
+        initial=have_bytes,
+        unit="B",
+        unit_scale=True,
+        file=sys.stderr,
+    )
+
+
+def check_disk(folder: Path, needed_bytes: int, what: str) -> None:
+    """Raise NotEnoughDisk unless `needed_bytes` and DISK_MARGIN_BYTES are free for `folder`."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes + DISK_MARGIN_BYTES:
+        raise NotEnoughDisk(
+            f"{what} needs {needed_bytes} bytes more and {DISK_MARGIN_BYTES} to spare, but the disk"
+            f" of {folder} has {free_bytes} free: free some, or set WEIGHTS_CACHE to another disk"
+        )
 
 
 def _remote_files(entry: CatalogEntry) -> list[RemoteFile]:
@@ -96,9 +117,13 @@ def _remote_files(entry: CatalogEntry) -> list[RemoteFile]:
                 path=source.filename,
                 url=source.url,
                 size_bytes=source.size_bytes,
+                limit_bytes=source.size_bytes,
                 digest=Digest("sha256", source.sha256),
+                validator=None,
+                part_name=source.sha256,
                 headers=(),
                 mirror_path=f"{source.sha256}/{source.filename}",
+                advice=hub.CATALOG_ADVICE,
             )
         ]
     if not isinstance(source, HubFiles):
@@ -121,17 +146,9 @@ def _mirrored(file: RemoteFile) -> RemoteFile:
     return dataclasses.replace(file, url=f"{mirror}/{file.mirror_path}", headers=())
 
 
-def _check_disk(folder: Path, needed_bytes: int, what: str) -> None:
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < needed_bytes + DISK_MARGIN_BYTES:
-        raise NotEnoughDisk(
-            f"{what} needs {needed_bytes} bytes more and {DISK_MARGIN_BYTES} to spare, but the disk"
-            f" of {folder} has {free_bytes} free: free some, or set WEIGHTS_CACHE to another disk"
-        )
-
-
 def _described(path: Path, file: RemoteFile) -> LockedFile:
     """Size and sha256 of a file that has passed its check."""
-    if file.digest.kind == "sha256":
-        return LockedFile(file.size_bytes, file.digest.hexdigest)
-    return LockedFile(file.size_bytes, transfer.digest_of(path, "sha256").hexdigest)
+    digest = file.digest
+    if digest is None or digest.kind != "sha256":
+        digest = transfer.digest_of(path, "sha256")
+    return LockedFile(path.stat().st_size, digest.hexdigest)

@@ -5,12 +5,16 @@
     ├── WrongSetting        (also a ValueError) WEIGHTS_EDITION or DEVICE has a wrong value
     ├── MissingPackaged     a folder that the repository should contain is not there
     ├── LockMismatch        the lock file disagrees with the catalog
+    ├── InvalidSource       (also a ValueError) what somebody named cannot be a place of weights
+    ├── BadWeights          trained weights that a user brought: malformed, or for another model
     └── DownloadError
         ├── Offline           a file is needed, and offline mode forbids fetching it
         ├── AccessDenied      401 or 403: a token is missing, wrong, or has not accepted the licence
         ├── NotOnServer       404: no such repository, revision or file
         ├── TransferFailed    the network or the server failed, and kept failing
         ├── ChecksumMismatch  the bytes are not the expected ones; they were thrown away
+        ├── RefusedAddress    the file is where a stranger must not make this machine look
+        ├── TooLarge          more bytes than weights that people bring may have
         └── NotEnoughDisk     too little room where weights are kept
 
 Every message names the file, where it comes from and what to do about it.
@@ -37,6 +41,14 @@ class LockMismatch(WeightsError):
     """The lock file was written for another repository, revision or list of files."""
 
 
+class BadWeights(WeightsError):
+    """A file is not trained weights that we read, is malformed, or does not fit the model."""
+
+
+class InvalidSource(WeightsError, ValueError):
+    """A reference to weights, or a token for them, that breaks a rule; nothing was fetched."""
+
+
 class DownloadError(WeightsError):
     """A file could not be fetched; nothing stands under its final name."""
 
@@ -59,6 +71,14 @@ class TransferFailed(DownloadError):
 
 class ChecksumMismatch(DownloadError):
     """Size or hash differ from what the lock, the catalog or the hub says."""
+
+
+class RefusedAddress(DownloadError):
+    """An address that is not public, or not https, in a reference or behind a redirect."""
+
+
+class TooLarge(DownloadError):
+    """The file has more bytes than weights that people bring may have."""
 
 
 class NotEnoughDisk(DownloadError):

@@ -4,7 +4,7 @@ import email.utils
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import httpx
@@ -33,6 +33,7 @@ class RetryPolicy:
     longest_wait_s: float
     longest_retry_after_s: float  # a server that asks for more is taken as a refusal
     sleep: Callable[[float], None]
+    remedy: str  # what to do when patience ends, after "run again to resume, or"
 
 
 RETRY = RetryPolicy(
@@ -41,6 +42,11 @@ RETRY = RetryPolicy(
     longest_wait_s=30.0,
     longest_retry_after_s=300.0,
     sleep=time.sleep,
+    remedy="set WEIGHTS_MIRROR or HF_ENDPOINT to another server",
+)
+# For a file that somebody waits for, at an address that may well be mistyped: about three seconds.
+FOR_PEOPLE = replace(
+    RETRY, tries=3, longest_retry_after_s=30.0, remedy="bring the file from another address"
 )
 
 
@@ -62,7 +68,7 @@ def with_retries(attempt: Callable[[], T], policy: RetryPolicy, progress: Callab
                 why = f" (it asks to wait {asked:.0f} s)" if asked is not None else ""
                 raise TransferFailed(
                     f"{failure}{why}; gave up after {failures} failures. What arrived is kept: run"
-                    " again to resume, or set WEIGHTS_MIRROR or HF_ENDPOINT to another server"
+                    f" again to resume, or {policy.remedy}"
                 ) from failure
             policy.sleep(wait_s)
 

@@ -2,56 +2,26 @@
 
 Bytes arrive in `<folder>/.partial/<digest>`. That name says what the content must become, so a
 partial file is good for resuming whichever server, mirror or process wrote it, and no validator
-such as If-Range has to be remembered: a server whose file has changed cannot pass the hash.
+such as If-Range has to be remembered: a server whose file has changed cannot pass the hash. Where
+nobody knows the hash beforehand, the name is made of what the server says of the file, and the part
+is continued only if the server can say that it is still the same file (If-Range).
 """
 
 import errno
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import httpx
 
-from weights.errors import (
-    AccessDenied,
-    ChecksumMismatch,
-    DownloadError,
-    NotEnoughDisk,
-    NotOnServer,
-)
-from weights.retry import (
-    RetryPolicy,
-    TemporaryFailure,
-    is_temporary,
-    retry_after_s,
-    with_retries,
-)
+from weights.errors import ChecksumMismatch, DownloadError, NotEnoughDisk
+from weights.remote import Digest, RemoteFile, opened, too_large
+from weights.retry import RetryPolicy, TemporaryFailure, with_retries
 
 PARTIAL_FOLDER = ".partial"
 TIMEOUT = httpx.Timeout(30.0, connect=10.0)  # seconds without any byte, not for the whole file
-
-
-@dataclass(frozen=True)
-class Digest:
-    """A hexadecimal hash; git-sha1 is git's blob id: sha1 of `blob <size>\\0` and the content."""
-
-    kind: Literal["sha256", "git-sha1"]
-    hexdigest: str
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """One file to fetch: `path` inside its folder, exact size, and what proves it right."""
-
-    path: str
-    url: str
-    size_bytes: int
-    digest: Digest
-    headers: tuple[tuple[str, str], ...]
-    mirror_path: str  # below WEIGHTS_MIRROR
 
 
 def digest_of(path: Path, kind: Literal["sha256", "git-sha1"]) -> Digest:
@@ -66,17 +36,17 @@ def digest_of(path: Path, kind: Literal["sha256", "git-sha1"]) -> Digest:
 
 
 def matches(path: Path, file: RemoteFile) -> bool:
-    """Whether `path` holds exactly the bytes of `file`."""
+    """Whether `path` holds exactly the bytes of `file`, as far as anybody knows them."""
     return (
         path.is_file()
-        and path.stat().st_size == file.size_bytes
-        and digest_of(path, file.digest.kind) == file.digest
+        and (file.size_bytes is None or path.stat().st_size == file.size_bytes)
+        and (file.digest is None or digest_of(path, file.digest.kind) == file.digest)
     )
 
 
 def partial_path(folder: Path, file: RemoteFile) -> Path:
     """Where the bytes of `file` gather until they are complete."""
-    return folder / PARTIAL_FOLDER / file.digest.hexdigest
+    return folder / PARTIAL_FOLDER / file.part_name
 
 
 def bytes_on_disk(path: Path) -> int:
@@ -95,17 +65,32 @@ def fetch_file(
 
     `on_bytes` hears of every change in the number of bytes there, also when bytes are thrown away.
     """
-    partial = partial_path(folder, file)
+    partial = fetch_part(client, file, folder, policy, on_bytes)
     destination = folder / file.path
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
         destination.parent.mkdir(parents=True, exist_ok=True)
-        _fetch_partial(client, file, partial, policy, on_bytes)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())  # after a power cut too, the final name means whole content
         partial.replace(destination)
     except OSError as error:
         raise _explain_os_error(error, file, partial) from error
+
+
+def fetch_part(
+    client: httpx.Client,
+    file: RemoteFile,
+    folder: Path,
+    policy: RetryPolicy,
+    on_bytes: Callable[[int], object],
+) -> Path:
+    """The same up to the last step: the part, complete, checked and on the disk for good."""
+    partial = partial_path(folder, file)
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        _fetch_partial(client, file, partial, policy, on_bytes)
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())  # after a power cut too, the final name means whole content
+    except OSError as error:
+        raise _explain_os_error(error, file, partial) from error
+    return partial
 
 
 def _fetch_partial(
@@ -138,74 +123,66 @@ def _transfer(
     have = bytes_on_disk(partial)
     if have == file.size_bytes:
         return
-    if have > file.size_bytes:
+    continuable = file.digest is not None or file.validator is not None
+    if have and (not continuable or (file.size_bytes is not None and have > file.size_bytes)):
         have -= _discard(partial, on_bytes)
-    headers = {**dict(file.headers), "Accept-Encoding": "identity"}
+    headers = {}
     if have:
         headers["Range"] = f"bytes={have}-"
-    try:
-        with client.stream("GET", file.url, headers=headers) as response:
-            if response.status_code == 416:
-                _discard(partial, on_bytes)
-                raise TemporaryFailure(f"{file.url}: the server's file is shorter than our part")
-            _check_status(response, file)
-            if have and not _continues(response, have):
-                _discard(partial, on_bytes)
-            _append(response, partial, file, on_bytes)
-    except (httpx.UnsupportedProtocol, httpx.InvalidURL, httpx.TooManyRedirects) as error:
-        raise DownloadError(
-            f"{file.path} from {file.url}: {error}; check WEIGHTS_MIRROR and HF_ENDPOINT"
-        ) from error
-    except httpx.RequestError as error:
-        raise TemporaryFailure(
-            f"{file.path} from {file.url}: {type(error).__name__}: {error}"
-        ) from error
+        if file.digest is None and file.validator is not None:
+            headers["If-Range"] = file.validator
+    with opened(client, file, headers, also=(416,)) as response:
+        if response.status_code == 416:
+            _discard(partial, on_bytes)
+            raise TemporaryFailure(f"{file.where}: the server's file is shorter than our part")
+        if have and response.status_code == 206 and _is_another(response, file):
+            _discard(partial, on_bytes)
+            raise TemporaryFailure(f"{file.where}: the file changed while it was fetched")
+        if have and not _continues(response, have):
+            _discard(partial, on_bytes)
+        _append(response, partial, file, on_bytes)
 
 
 def _append(
     response: httpx.Response, partial: Path, file: RemoteFile, on_bytes: Callable[[int], object]
 ) -> None:
     """Write the body at the end of `partial`, unbuffered: a killed process loses nothing it got."""
+    if "Content-Length" not in response.headers and "Transfer-Encoding" not in response.headers:
+        raise DownloadError(
+            f"{file.where}: the server does not say where the file ends, so a cut would go"
+            f" unnoticed; {file.advice.other}"
+        )
     written = bytes_on_disk(partial)
+    most = file.limit_bytes if file.size_bytes is None else file.size_bytes
     with partial.open("ab", buffering=0) as output:
-        for chunk in response.iter_bytes():
+        for chunk in response.iter_raw():
             view = memoryview(chunk)
             while view:  # a nearly full disk takes part of a write before it refuses the next
                 view = view[output.write(view) :]
             written += len(chunk)
             on_bytes(len(chunk))
-            if written > file.size_bytes:
-                return  # too long already: the hash check will throw it away
-    if written < file.size_bytes:
-        raise TemporaryFailure(
-            f"{file.path} from {file.url}: ended after {written} of {file.size_bytes} bytes"
-        )
-
-
-def _check_status(response: httpx.Response, file: RemoteFile) -> None:
-    status = response.status_code
-    if status in (200, 206):
-        return
-    where = f"{file.path} from {file.url}"
-    if is_temporary(status):
-        raise TemporaryFailure(f"{where}: the server answered {status}", retry_after_s(response))
-    if status in (401, 403):
-        raise AccessDenied(
-            f"{where}: the server answered {status}; accept the repository's licence on its page"
-            " and set HF_TOKEN to a token that may read it"
-        )
-    if status in (404, 410):
-        raise NotOnServer(
-            f"{where}: the server answered {status}; correct the entry in weights/catalog.py, or"
-            " see that the mirror has the file"
-        )
-    raise DownloadError(f"{where}: the server answered {status}; check HF_ENDPOINT, WEIGHTS_MIRROR")
+            if written > most:
+                break  # too long already
+    if file.size_bytes is None:
+        if written > file.limit_bytes:
+            _discard(partial, on_bytes)
+            raise too_large(file)
+    elif written < file.size_bytes:
+        raise TemporaryFailure(f"{file.where}: ended after {written} of {file.size_bytes} bytes")
 
 
 def _continues(response: httpx.Response, have: int) -> bool:
     """Whether the body starts at byte `have`: a server may ignore Range and send the whole."""
     content_range = response.headers.get("Content-Range", "")
     return response.status_code == 206 and content_range.startswith(f"bytes {have}-")
+
+
+def _is_another(response: httpx.Response, file: RemoteFile) -> bool:
+    """Whether a server continued another version than we have a part of, despite If-Range."""
+    if file.digest is not None or file.validator is None:
+        return False
+    header = "ETag" if file.validator.startswith('"') else "Last-Modified"
+    return bool(response.headers.get(header, file.validator) != file.validator)
 
 
 def _discard(partial: Path, on_bytes: Callable[[int], object]) -> int:
@@ -217,20 +194,21 @@ def _discard(partial: Path, on_bytes: Callable[[int], object]) -> int:
 
 
 def _wrong_bytes(file: RemoteFile, size_bytes: int) -> ChecksumMismatch:
+    expected = f"{file.size_bytes}"
+    if file.digest is not None:
+        expected += f" with {file.digest.kind} {file.digest.hexdigest}"
     return ChecksumMismatch(
-        f"{file.path} from {file.url}: {size_bytes} bytes came, but {file.size_bytes} with"
-        f" {file.digest.kind} {file.digest.hexdigest} are expected; they were thrown away. Try"
-        " again; if it persists, the server's file has changed: set WEIGHTS_MIRROR or HF_ENDPOINT"
-        " to another server, or renew the lock with script/weights --lock"
+        f"{file.where}: {size_bytes} bytes came, but {expected} are expected; they were thrown"
+        f" away. Try again; if it persists, {file.advice.changed}"
     )
 
 
 def _explain_os_error(error: OSError, file: RemoteFile, partial: Path) -> DownloadError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        missing = file.size_bytes - bytes_on_disk(partial)
+        missing = (file.size_bytes or file.limit_bytes) - bytes_on_disk(partial)
         return NotEnoughDisk(
-            f"{file.path} from {file.url}: the disk of {partial.parent} is full, {missing} bytes"
-            " are still to come; free some and run again to resume, or set WEIGHTS_CACHE to another"
-            " disk"
+            f"{file.where}: the disk of {partial.parent} is full, {missing} bytes"
+            f"{'' if file.size_bytes else ' at most'} are still to come; free some and run again to"
+            " resume, or set WEIGHTS_CACHE to another disk"
         )
-    return DownloadError(f"{file.path} from {file.url}: cannot write {partial}: {error}")
+    return DownloadError(f"{file.where}: cannot write {partial}: {error}")

@@ -1,0 +1,198 @@
+"""Files of trained weights, good and hostile, made in code: the repository holds none."""
+
+import functools
+import gzip
+import io
+import json
+import tarfile
+import zipfile
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from weights.lora_names import to_sgm
+from weights.miniature.architecture import TEXT_WIDTH, build_text_encoders, build_unet
+from weights.trained import LoraDelta, ModelShapes, TrainedWeights, read_trained
+
+NAME = "lora_weights"  # the input's name, which every message has to mention
+WIDTH = TEXT_WIDTH
+ATTN1 = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+ATTN2 = "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
+CONV = "down_blocks.1.resnets.0.conv1"
+
+
+@functools.cache
+def model_parts() -> dict[str, nn.Module]:
+    """The miniature's classes with random weights; nobody may change them."""
+    torch.manual_seed(0)
+    first, second = build_text_encoders(100)
+    return {"unet": build_unet(), "text_encoder": first, "text_encoder_2": second}
+
+
+@functools.cache
+def miniature_shapes() -> ModelShapes:
+    return ModelShapes.of(model_parts())
+
+
+@functools.cache
+def sdxl_shapes() -> ModelShapes:
+    """The real SDXL's, from its published configs, without any weights."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(320, 640, 1280),
+            layers_per_block=2,
+            transformer_layers_per_block=[1, 2, 10],
+            attention_head_dim=[5, 10, 20],
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+        first = CLIPTextModel(_clip_config(768, 12, 12))
+        second = CLIPTextModelWithProjection(_clip_config(1280, 32, 20))
+    return ModelShapes.of({"unet": unet, "text_encoder": first, "text_encoder_2": second})
+
+
+def _clip_config(width: int, layers: int, heads: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        projection_dim=width,
+    )
+
+
+def read(path: Path, shapes: ModelShapes | None = None) -> TrainedWeights:
+    return read_trained(path, NAME, shapes or miniature_shapes())
+
+
+def read_tensors(folder: Path, tensors: dict[str, Tensor], metadata=None) -> TrainedWeights:
+    path = folder / "file.safetensors"
+    save_file({key: value.clone() for key, value in tensors.items()}, path, metadata=metadata)
+    return read(path)
+
+
+def change(delta: LoraDelta) -> Tensor:
+    """What a delta adds to its module's weight, at scale 1."""
+    down, up = delta.down.double(), delta.up.double()
+    flat = up.flatten(1) @ down.flatten(1)
+    return (delta.alpha / delta.rank * flat).reshape(up.shape[0], *down.shape[1:])
+
+
+def matrices(weight: tuple[int, ...], rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random down and up for a weight of this shape."""
+    generator = torch.Generator().manual_seed(seed)
+    ones = (1,) * (len(weight) - 2)
+    return (
+        torch.randn(rank, *weight[1:], generator=generator),
+        torch.randn(weight[0], rank, *ones, generator=generator),
+    )
+
+
+def kohya_name(module: str, sgm: bool) -> str:
+    part, path = module.split(".", 1)
+    if part == "unet":
+        return "lora_unet_" + (to_sgm(path, 1) if sgm else path).replace(".", "_")
+    bare = path.removeprefix("text_model.")
+    full = bare if bare.startswith("text_projection") else f"text_model.{bare}"
+    prefix = "lora_te1_" if part == "text_encoder" else "lora_te2_"
+    return prefix + full.replace(".", "_")
+
+
+def kohya_tensors(modules, rank: int = 4, alpha: float | None = 2.0, sgm: bool = True):
+    """A kohya LoRA of the miniature: tensors by name."""
+    shapes = miniature_shapes().modules()
+    tensors = {}
+    for seed, module in enumerate(modules):
+        down, up = matrices(shapes[module], rank, seed)
+        name = kohya_name(module, sgm)
+        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+        if alpha is not None:
+            tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+def cog_lora_tensors(rank: int = 4) -> dict[str, Tensor]:
+    """What cog-sdxl's trainer saves: the UNet's attention, diffusers' old names, no prefix."""
+    tensors = {}
+    for module, shape in miniature_shapes().modules().items():
+        for matrix in ("to_q", "to_k", "to_v", "to_out.0"):
+            if module.startswith("unet.") and ".attn" in module and module.endswith(matrix):
+                down, up = matrices(shape, rank, len(tensors))
+                stem = module.removeprefix("unet.").removesuffix(f".{matrix}")
+                key = f"{stem}.processor.{matrix.removesuffix('.0')}_lora"
+                tensors |= {f"{key}.down.weight": down, f"{key}.up.weight": up}
+    return tensors
+
+
+def cog_embeddings(n: int = 2) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    return {
+        f"text_encoders_{i}": torch.randn(n, WIDTH, generator=generator).bfloat16() for i in (0, 1)
+    }
+
+
+def cog_members() -> dict[str, bytes]:
+    """The three members of cog-sdxl's trained_model.tar."""
+    return {
+        "lora.safetensors": save(cog_lora_tensors()),
+        "embeddings.pti": save(cog_embeddings()),
+        "special_params.json": b'{"TOK": "<s0><s1>"}',
+    }
+
+
+def small_lora() -> bytes:
+    return save(kohya_tensors([f"unet.{ATTN1}.to_q", f"unet.{CONV}"]))
+
+
+def raw_safetensors(header: object, data: bytes = b"") -> bytes:
+    """A safetensors file with any header: an object for JSON, or its bytes."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+def tar_bytes(members, format=tarfile.PAX_FORMAT) -> bytes:  # noqa: A002
+    """A tar of {name: content}, or of (TarInfo, content) pairs in order."""
+    pairs = members.items() if isinstance(members, dict) else members
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=format) as tar:
+        for info, content in pairs:
+            if isinstance(info, str):
+                info = tarfile.TarInfo(info)
+                info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def tar_info(name: str, kind: bytes = tarfile.REGTYPE, **fields: object) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info
+
+
+def zip_bytes(members, compression=zipfile.ZIP_DEFLATED) -> bytes:
+    """A zip of {name: content}, or of (ZipInfo, content) pairs in order."""
+    pairs = members.items() if isinstance(members, dict) else members
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", compression) as archive:
+        for info, content in pairs:
+            archive.writestr(info, content, compression)
+    return stream.getvalue()
+
+
+def gz_bytes(content: bytes) -> bytes:
+    return gzip.compress(content, 9, mtime=0)

@@ -1,0 +1,179 @@
+"""Which module of the model a LoRA's tensor is for, in every spelling that trainers use.
+
+A table of all spellings of all modules, made from the model itself. The other way, rewriting names
+by rules, must guess where "_" stood for "." (so do diffusers' converters), and a wrong guess shows
+late or never.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from weights.trained_types import TEXT_ENCODERS, UNET
+
+
+class Role(Enum):
+    """What a tensor is to its module."""
+
+    DOWN = auto()
+    UP = auto()
+    MID = auto()  # LyCORIS' middle matrix of a convolution (CP decomposition)
+    ALPHA = auto()
+    DORA_SCALE = auto()  # LyCORIS: the axis of its norm is told by its shape
+    MAGNITUDE = auto()  # PEFT: always one value per output
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """A module's name as a file writes it."""
+
+    module: str  # "<part>.<module path>"
+    style: str  # for people
+
+
+# Ends of tensor names; the first that fits counts. `default` is an adapter's name in PEFT.
+_ROLES: tuple[tuple[str, Role], ...] = (
+    (r"\.lora_down\.weight", Role.DOWN),
+    (r"\.lora_up\.weight", Role.UP),
+    (r"\.lora_mid\.weight", Role.MID),
+    (r"\.alpha", Role.ALPHA),
+    (r"\.dora_scale", Role.DORA_SCALE),
+    (r"\.lora_A(?:\.default)?\.weight", Role.DOWN),
+    (r"\.lora_B(?:\.default)?\.weight", Role.UP),
+    (r"\.lora_magnitude_vector(?:\.default)?(?:\.weight)?", Role.MAGNITUDE),
+    (r"\.lora(?:_linear_layer)?\.down\.weight", Role.DOWN),
+    (r"\.lora(?:_linear_layer)?\.up\.weight", Role.UP),
+    (r"_lora\.down\.weight", Role.DOWN),  # diffusers until 0.20, and cog-sdxl
+    (r"_lora\.up\.weight", Role.UP),
+)
+_ROLE_PATTERNS = tuple((re.compile(rf"(.+){pattern}"), role) for pattern, role in _ROLES)
+
+
+def split_key(key: str) -> tuple[str, Role] | None:
+    """`…attn1.to_q.lora_A.weight` → (`…attn1.to_q`, Role.DOWN); None if it is no LoRA's tensor."""
+    for pattern, role in _ROLE_PATTERNS:
+        if match := pattern.fullmatch(key):
+            return match[1], role
+    return None
+
+
+def spell_modules(modules: Mapping[str, tuple[int, ...]]) -> dict[str, Spelling]:
+    """Every spelling → the module. `modules`: "<part>.<path>", as in ModelShapes.modules()."""
+    spellings: dict[str, Spelling] = {}
+
+    def add(spelling: str, module: str, style: str) -> None:
+        known = spellings.setdefault(spelling, Spelling(module, style))
+        assert known.module == module, f"{spelling} is both {known.module} and {module}"
+
+    layers = _layers_per_block(modules)
+    for module in modules:
+        part, path = module.split(".", 1)
+        if part == UNET:
+            sgm = to_sgm(path, layers)
+            for spelling, style in _spell_unet(path, sgm):
+                add(spelling, module, style)
+        elif part in TEXT_ENCODERS:
+            for spelling, style in _spell_text(part, path):
+                add(spelling, module, style)
+    return spellings
+
+
+def _spell_unet(path: str, sgm: str) -> list[tuple[str, str]]:
+    old = path.replace(".to_out.0", ".to_out")  # with _lora cut off its end
+    found = []
+    if re.search(r"\.attn[12]\.to_", path):
+        processor = re.sub(r"\.(attn[12])\.", r".\1.processor.", old)
+        found += [
+            (f"unet.{processor}", "diffusers LoRA (old names)"),
+            (processor, "cog-sdxl LoRA"),
+        ]
+    return [
+        *found,
+        (f"unet.{path}", "diffusers LoRA"),
+        (path, "diffusers LoRA"),
+        (f"base_model.model.{path}", "PEFT LoRA"),
+        (f"diffusion_model.{sgm}", "ComfyUI LoRA"),
+        ("lora_unet_" + sgm.replace(".", "_"), "kohya LoRA (sgm names)"),
+        ("lora_unet_" + path.replace(".", "_"), "kohya LoRA (diffusers names)"),
+        ("lycoris_" + path.replace(".", "_"), "LyCORIS LoRA (diffusers names)"),
+    ]
+
+
+_OLD_TEXT_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
+
+
+def _spell_text(part: str, path: str) -> list[tuple[str, str]]:
+    # transformers 5 has dropped the level "text_model" from CLIPTextModel, and kept it in
+    # CLIPTextModelWithProjection; files have it for both, except at the projection.
+    bare = path.removeprefix("text_model.")
+    full = bare if bare.startswith("text_projection") else f"text_model.{bare}"
+    kohya = "lora_te1_" if part == "text_encoder" else "lora_te2_"
+    found = []
+    for name in {bare, full}:
+        found += [
+            (f"{part}.{name}", "diffusers LoRA"),
+            (kohya + name.replace(".", "_"), "kohya LoRA"),
+        ]
+        if part == "text_encoder":  # models with one encoder do not number it
+            found.append(("lora_te_" + name.replace(".", "_"), "kohya LoRA"))
+        head, _, last = name.rpartition(".")
+        if head.endswith("self_attn"):
+            found.append((f"{part}.{head}.{_OLD_TEXT_NAMES[last]}", "diffusers LoRA (old names)"))
+    return found
+
+
+def _layers_per_block(modules: Mapping[str, tuple[int, ...]]) -> int:
+    """How many resnets a down block has; an up block has one more."""
+    found = {
+        int(match[1])
+        for module in modules
+        if (match := re.match(r"unet\.down_blocks\.0\.resnets\.(\d+)\.", module))
+    }
+    return max(found, default=0) + 1
+
+
+_SGM_RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+_SGM_OUTER = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+_BLOCK = re.compile(
+    r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
+)
+
+
+def to_sgm(path: str, layers_per_block: int) -> str:
+    """A UNet module's name in Stability's code (generative-models, openaimodel.py).
+
+    The map is kohya's (sd-scripts, library/sdxl_model_util.py, make_unet_conversion_map).
+    """
+    if path in _SGM_OUTER:
+        return _SGM_OUTER[path]
+    match = _BLOCK.fullmatch(path)
+    if not match:
+        return path
+    side, block, kind, index, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
+    if kind == "resnets":
+        rest = _SGM_RESNET.get(rest, rest)
+    if side is None:
+        place = 2 * index if kind == "resnets" else 1
+        return f"middle_block.{place}.{rest}"
+    if side == "down":
+        first = (layers_per_block + 1) * block + 1
+        if kind == "downsamplers":
+            return f"input_blocks.{first + layers_per_block}.0.op"
+        return f"input_blocks.{first + index}.{int(kind == 'attentions')}.{rest}"
+    first = (layers_per_block + 1) * block
+    if kind == "upsamplers":  # behind the attention, which all but SDXL's last block have
+        return f"output_blocks.{first + layers_per_block}.2.{rest}"
+    return f"output_blocks.{first + index}.{int(kind == 'attentions')}.{rest}"

@@ -1,0 +1,191 @@
+"""A file on a server: what is known of it, asking about it, opening it.
+
+Redirects are followed here, one request at a time, so that a client which checks addresses checks
+every hop, and the body of a redirect, which could be endless, is never read. httpx makes the next
+request and leaves `Authorization` out where scheme, host or port differ.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import httpx
+
+from weights.errors import AccessDenied, DownloadError, NotOnServer, TooLarge
+from weights.retry import TemporaryFailure, is_temporary, retry_after_s
+
+MOST_REDIRECTS = 5
+
+
+@dataclass(frozen=True)
+class Digest:
+    """A hexadecimal hash; git-sha1 is git's blob id: sha1 of `blob <size>\\0` and the content."""
+
+    kind: Literal["sha256", "git-sha1"]
+    hexdigest: str
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do about a refusal, which depends on who named the file."""
+
+    denied: str  # 401, 403
+    missing: str  # 404, 410
+    changed: str  # other bytes than announced
+    other: str  # any other refusal, and addresses that are none
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file to fetch: where from, exact size, and what proves it right."""
+
+    path: str  # inside its folder
+    url: str = field(repr=False)  # may hold a signature
+    size_bytes: int | None  # None: the server does not say beforehand
+    limit_bytes: int  # more than this is never taken
+    digest: Digest | None  # None: nobody but the server knows what it should be
+    validator: str | None  # for If-Range, where there is no digest: a strong ETag or a date
+    part_name: str  # names its part, see weights.transfer
+    headers: tuple[tuple[str, str], ...] = field(repr=False)  # may hold a token
+    mirror_path: str  # below WEIGHTS_MIRROR
+    advice: Advice
+
+    @property
+    def where(self) -> str:
+        """For messages: no signature, no token."""
+        return f"{self.path} from {re.sub('[?#].*', '', self.url, flags=re.DOTALL)}"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a server says of a file, without a hash that it could be held to."""
+
+    size_bytes: int | None
+    etag: str | None
+    last_modified: str | None
+    content_type: str
+
+    @property
+    def validator(self) -> str | None:
+        """What If-Range may carry: no weak ETag (RFC 9110 §13.1.5)."""
+        if self.etag is not None and not self.etag.startswith("W/"):
+            return self.etag
+        return self.last_modified
+
+    def proves_unchanged(self, before: "Facts") -> bool:
+        """Whether the server vouches for the same content. Equal size alone is no proof: two LoRAs
+        of one rank have it in common."""
+        if self.size_bytes != before.size_bytes:
+            return False
+        if self.etag is not None or before.etag is not None:
+            return self.etag == before.etag
+        return self.last_modified is not None and self.last_modified == before.last_modified
+
+
+def ask(client: httpx.Client, file: RemoteFile, before: Facts | None) -> Facts | None:
+    """What the server says of `file` now; None: it is what it was `before`.
+
+    One request, for one byte; not HEAD, because a signed address is signed for GET alone. Raises
+    TemporaryFailure where trying again may help, else a DownloadError.
+    """
+    headers = {"Range": "bytes=0-0"}
+    if before is not None and before.etag is not None:
+        headers["If-None-Match"] = before.etag
+    if before is not None and before.last_modified is not None:
+        headers["If-Modified-Since"] = before.last_modified
+    with opened(client, file, headers, also=() if before is None else (304,)) as response:
+        if response.status_code == 304:
+            return None
+        facts = Facts(
+            size_bytes=_whole_size(response),
+            etag=response.headers.get("ETag"),
+            last_modified=response.headers.get("Last-Modified"),
+            content_type=response.headers.get("Content-Type", ""),
+        )
+    return None if before is not None and facts.proves_unchanged(before) else facts
+
+
+def read(client: httpx.Client, file: RemoteFile) -> bytes:
+    """All of a small file. Raises TemporaryFailure or a DownloadError."""
+    content = b""
+    with opened(client, file, {}, also=()) as response:
+        for chunk in response.iter_raw():
+            content += chunk
+            if len(content) > file.limit_bytes:
+                raise too_large(file)
+    return content
+
+
+@contextmanager
+def opened(
+    client: httpx.Client, file: RemoteFile, headers: dict[str, str], also: tuple[int, ...]
+) -> Iterator[httpx.Response]:
+    """The answer to a GET of `file`, body unread, status 200, 206 or one of `also`.
+
+    Failures within the block are translated too: TemporaryFailure or a DownloadError.
+    """
+    # Both log whole addresses, and the signature in an address is a secret.
+    for library in ("httpx", "httpcore"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    asked = {**dict(file.headers), **headers, "Accept-Encoding": "identity"}
+    try:
+        response = _follow(client, client.build_request("GET", file.url, headers=asked))
+        with closing(response):
+            if response.status_code not in also:
+                _check_status(response, file)
+            yield response
+    except (httpx.UnsupportedProtocol, httpx.InvalidURL, httpx.TooManyRedirects) as error:
+        raise DownloadError(f"{file.where}: {error}; {file.advice.other}") from error
+    except httpx.RequestError as error:
+        raise TemporaryFailure(f"{file.where}: {type(error).__name__}: {error}") from error
+
+
+def too_large(file: RemoteFile) -> TooLarge:
+    """For a file that has, or announces, more than its limit."""
+    return TooLarge(
+        f"{file.where}: more than {file.limit_bytes} bytes, the most that is fetched;"
+        f" {file.advice.other}"
+    )
+
+
+def _follow(client: httpx.Client, request: httpx.Request) -> httpx.Response:
+    """The first answer that is no redirect."""
+    for _ in range(MOST_REDIRECTS + 1):
+        response = client.send(request, stream=True, follow_redirects=False)
+        if response.next_request is None:
+            return response
+        response.close()
+        request = response.next_request
+    raise httpx.TooManyRedirects(f"more than {MOST_REDIRECTS} redirects")
+
+
+def _check_status(response: httpx.Response, file: RemoteFile) -> None:
+    status = response.status_code
+    if status in (200, 206):
+        encoding = response.headers.get("Content-Encoding", "identity").lower()
+        if encoding != "identity":  # unpacked, a small answer can have any size
+            raise DownloadError(
+                f"{file.where}: comes packed ({encoding[:20]!r}), though asked for as it is;"
+                f" {file.advice.other}"
+            )
+        return
+    answered = f"{file.where}: the server answered {status}"
+    if is_temporary(status):
+        raise TemporaryFailure(answered, retry_after_s(response))
+    if status in (401, 403):
+        raise AccessDenied(f"{answered}; {file.advice.denied}")
+    if status in (404, 410):
+        raise NotOnServer(f"{answered}; {file.advice.missing}")
+    raise DownloadError(f"{answered}; {file.advice.other}")
+
+
+def _whole_size(response: httpx.Response) -> int | None:
+    """Size in bytes of the whole file, whether all of it or a range was answered."""
+    if response.status_code == 206:
+        total = response.headers.get("Content-Range", "").rpartition("/")[2]
+    else:
+        total = response.headers.get("Content-Length", "")
+    return int(total) if total.isascii() and total.isdigit() else None
