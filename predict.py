@@ -10,8 +10,9 @@ from typing import List, Optional  # noqa: UP035  the spelling that every versio
 
 from cog import BasePredictor, Input, Path
 
+from generation.errors import InvalidRequest
 from generation.outputs import OutputFolders
-from generation.request import GenerationRequest
+from generation.request import GenerationRequest, Margins
 
 # script/sync: generation.schedulers.SCHEDULERS
 SCHEDULER_CHOICES = [
@@ -23,6 +24,14 @@ SCHEDULER_CHOICES = [
     "K_EULER",
     "PNDM",
 ]
+
+
+# script/sync: generation.request.Refine
+REFINE_CHOICES = ["no_refiner", "expert_ensemble_refiner", "base_image_refiner"]
+# script/sync: generation.request.MaskedContent
+MASKED_CONTENT_CHOICES = ["original", "fill", "noise"]
+# script/sync: generation.request.InpaintArea
+INPAINT_AREA_CHOICES = ["whole_picture", "masked_region"]
 
 
 class Predictor(BasePredictor):
@@ -50,15 +59,23 @@ class Predictor(BasePredictor):
         negative_prompt: str = Input(
             default="", description="What the picture must not show; works with guidance only"
         ),
+        image: Optional[Path] = Input(
+            default=None,
+            description="Picture to start from: image to image, or inpainting with a mask",
+        ),
+        mask: Optional[Path] = Input(
+            default=None,
+            description="Inpainting: white is repainted, black kept, grey changed in part",
+        ),
         width: Optional[int] = Input(
             default=None,
-            description="Width in pixels, a multiple of 8; empty for the native size of the model",
+            description="Width in pixels, a multiple of 8; empty: the image's or the model's own",
             ge=8,
             le=8192,
         ),
         height: Optional[int] = Input(
             default=None,
-            description="Height in pixels, a multiple of 8; empty for the native size of the model",
+            description="Height in pixels, a multiple of 8; empty: the image's or the model's own",
             ge=8,
             le=8192,
         ),
@@ -85,23 +102,105 @@ class Predictor(BasePredictor):
             ge=0,
             le=50,
         ),
+        prompt_strength: float = Input(
+            default=0.8,
+            description="With an image: how much may change, from 0 (nothing) to 1 (everything)",
+            ge=0,
+            le=1,
+        ),
         seed: Optional[int] = Input(
             default=None,
             description="Same seed, same picture; empty for a random one, which the log names",
             ge=0,
             le=4294967295,
         ),
+        refine: str = Input(
+            default="no_refiner",
+            description="Let a refiner make the last steps, or some more after the base model",
+            choices=REFINE_CHOICES,
+        ),
+        high_noise_frac: float = Input(
+            default=0.8,
+            description="With expert_ensemble_refiner: the base model's share of the noise levels",
+            ge=0,
+            le=1,
+        ),
+        refine_steps: Optional[int] = Input(
+            default=None,
+            description="With base_image_refiner: its steps; the last 30 % run; empty: as many",
+            ge=1,
+            le=500,
+        ),
+        mask_from_alpha: bool = Input(
+            default=False,
+            description="Inpainting without a mask: repaint where the image is transparent",
+        ),
+        mask_invert: bool = Input(
+            default=False, description="Repaint what the mask shows black and keep what is white"
+        ),
+        mask_blur: int = Input(
+            default=8,
+            description="Width in pixels, outside the mask, over which old and new are blended",
+            ge=0,
+            le=128,
+        ),
+        masked_content: str = Input(
+            default="original",
+            description="What repainting starts from: the image, what surrounds the mask, or noise",
+            choices=MASKED_CONTENT_CHOICES,
+        ),
+        inpaint_area: str = Input(
+            default="whole_picture",
+            description="What the model sees; masked_region gives small parts its full resolution",
+            choices=INPAINT_AREA_CHOICES,
+        ),
+        inpaint_padding: int = Input(
+            default=32,
+            description="With masked_region: pixels seen around the mask",
+            ge=0,
+            le=1024,
+        ),
+        outpaint_left: int = Input(
+            default=0, description="Pixels to add on the left of the image", ge=0, le=4096
+        ),
+        outpaint_right: int = Input(
+            default=0, description="Pixels to add on the right of the image", ge=0, le=4096
+        ),
+        outpaint_top: int = Input(
+            default=0, description="Pixels to add above the image", ge=0, le=4096
+        ),
+        outpaint_bottom: int = Input(
+            default=0, description="Pixels to add below the image", ge=0, le=4096
+        ),
     ) -> List[Path]:
-        """Make pictures from a prompt."""
+        """Make pictures from a prompt, or from a picture and a prompt."""
         request = GenerationRequest(
             prompt=prompt,
             negative_prompt=negative_prompt,
+            image=_file("image", image),
+            mask=_file("mask", mask),
             width=_whole(width),
             height=_whole(height),
             num_outputs=int(num_outputs),
             scheduler=scheduler,
             num_inference_steps=_whole(num_inference_steps),
             guidance_scale=guidance_scale,
+            prompt_strength=prompt_strength,
+            mask_from_alpha=mask_from_alpha,
+            mask_invert=mask_invert,
+            mask_blur=int(mask_blur),
+            masked_content=masked_content,
+            inpaint_area=inpaint_area,
+            inpaint_padding=int(inpaint_padding),
+            outpaint=Margins(
+                left=int(outpaint_left),
+                top=int(outpaint_top),
+                right=int(outpaint_right),
+                bottom=int(outpaint_bottom),
+            ),
+            refine=refine,
+            high_noise_frac=high_noise_frac,
+            refine_steps=_whole(refine_steps),
             seed=_whole(seed),
         )
         result = self.engine.generate(request, self.folders.fresh())
@@ -116,3 +215,10 @@ class Predictor(BasePredictor):
 def _whole(value: Optional[float]) -> Optional[int]:
     """JSON has one number type: 2.0 passes the schema's "integer" and arrives as a float."""
     return None if value is None else int(value)
+
+
+def _file(name: str, value: Optional[Path]) -> Optional[Path]:
+    """The server hands over a downloaded file; anything else would name one of its own files."""
+    if value is not None and not isinstance(value, Path):
+        raise InvalidRequest(f"{name} is {str(value)[:80]!r}; it must be a URL or a data URI")
+    return value

@@ -10,6 +10,16 @@ class Family(StrEnum):
     """Checkpoints of one family share an architecture, so pipelines are chosen by family."""
 
     SDXL = "sdxl"
+    SDXL_REFINER = "sdxl-refiner"
+
+
+@dataclass(frozen=True)
+class RefinerSpec:
+    """A model for the last, least noisy steps of another; it borrows that one's VAE and encoder."""
+
+    name: str
+    family: Family
+    weights: str  # catalog entry: UNet and scheduler config in the hub's layout
 
 
 @dataclass(frozen=True)
@@ -20,6 +30,7 @@ class BaseModelSpec:
     family: Family
     weights: str  # catalog entry: a folder in the hub's layout
     vae_weights: str | None  # catalog entry of a VAE that replaces the one in `weights`
+    refiner: RefinerSpec | None
     native_size: int
     min_side: int
     max_side: int
@@ -35,6 +46,7 @@ SDXL = BaseModelSpec(
     weights="sdxl-base",
     # SDXL's own VAE overflows in fp16 (black pictures); this one is the same model, rescaled.
     vae_weights="sdxl-vae-fp16-fix",
+    refiner=RefinerSpec("sdxl-refiner", Family.SDXL_REFINER, weights="sdxl-refiner"),
     native_size=1024,
     min_side=256,
     max_side=2048,

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from generation import modes, outputs, prompts
-from generation.base_models import BASE_MODELS, DEFAULT_BASE_MODEL
+from generation import canvas, modes, outputs, prompts, refine
+from generation.base_models import BASE_MODELS, DEFAULT_BASE_MODEL, BaseModelSpec
+from generation.blending import Mask
 from generation.errors import OutOfDeviceMemory
+from generation.images import read_image, read_mask
 from generation.pipelines import PipelineStore
-from generation.request import GenerationPlan, GenerationRequest, resolve
+from generation.request import GenerationPlan, GenerationRequest, RepaintPlan, resolve, resolve_mode
 from weights.catalog import Edition
 from weights.edition import Device
 
@@ -56,41 +58,129 @@ class Engine:
         """Make the pictures and write them into `folder`.
 
         Raises:
-            InvalidRequest: before anything is loaded or changed.
+            InvalidRequest: before any model is loaded or changed.
             OutOfDeviceMemory: the models stay loaded and intact.
         """
         spec = self._models[DEFAULT_BASE_MODEL]
-        plan = resolve(request, spec)
+        resolve_mode(request)  # before images are read: whether they add up to something
+        image = read_image(request.image, "image") if request.image else None
+        mask = read_mask(request.mask, "mask") if request.mask else None
+        plan = resolve(request, spec, image.rgb.size if image else None)
+        source = canvas.fit(image, mask, plan) if image else None
         print(f"Using seed: {plan.seeds[0]}", flush=True)
         if plan.negative_prompt and not plan.guided:
             print("negative_prompt has no effect: guidance_scale of up to 1 runs no guidance pass")
         stages = _Stages(self.device)
         with _explain_out_of_memory(plan):
-            with stages.time("load"):
-                pipeline = self._store.pipeline(spec, plan.mode, plan.scheduler)
-            with stages.time("text"):
-                embeddings = prompts.encode(pipeline, plan)
-            with stages.time("denoise"):
-                latents = _denoise(pipeline, plan, embeddings)
-            with stages.time("decode"):
-                pictures = _decode(pipeline, latents)
+            painter = _Painter.open(self._store, spec, plan, stages)
+            if source is None:
+                pictures = painter.paint((plan.width, plan.height), [], None)
+            elif plan.repaint is None:
+                pictures = painter.paint(source.picture.size, [source.picture], None)
+            else:
+                pictures = _repaint(painter, source, plan.repaint)
         with stages.time("save"):
             files = outputs.save(pictures, folder)
         return GenerationResult(files, plan, stages.seconds, stages.peak_memory())
 
 
-def _denoise(
-    pipeline: StableDiffusionXLPipeline, plan: GenerationPlan, embeddings: prompts.PromptEmbeddings
-) -> torch.Tensor:
-    """Latents (N, 4, H/8, W/8), scaled.
+def _repaint(
+    painter: _Painter, source: canvas.FittedSource, settings: RepaintPlan
+) -> list[Image.Image]:
+    """Inpainting in one pass; outpainting in as many as its margins need."""
+    pictures = [source.picture]
+    if source.mask is not None:
+        return _repaint_once(painter, pictures, source.mask)
+    for margins in canvas.outpaint_passes(source.picture.size, settings.outpaint):
+        pictures = [canvas.extend(picture, margins) for picture in pictures]
+        mask = canvas.margin_mask(pictures[0].size, margins)
+        pictures = _repaint_once(painter, pictures, mask)
+    return pictures
 
-    Each picture's noise comes from a generator of its own on the CPU: its seed alone decides it,
-    whatever the device and its place in the batch.
+
+def _repaint_once(painter: _Painter, pictures: list[Image.Image], mask: Mask) -> list[Image.Image]:
+    repaint = canvas.repaint(mask, painter.plan, painter.spec)
+    views = [repaint.look(picture) for picture in pictures]
+    results = painter.paint(repaint.frame.size, views, repaint.change)
+    sources = pictures * (len(results) // len(pictures))
+    return [
+        repaint.paste(picture, result) for picture, result in zip(sources, results, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Painter:
+    """What stays the same over the passes of one request."""
+
+    store: PipelineStore
+    spec: BaseModelSpec
+    plan: GenerationPlan
+    stages: _Stages
+    embeddings: prompts.PromptEmbeddings
+    refiner_embeddings: prompts.PromptEmbeddings | None
+    # Each picture's noise comes from a generator of its own on the CPU: its seed alone decides it,
+    # whatever the device and its place in the batch.
+    generators: list[torch.Generator]
+
+    @classmethod
+    def open(
+        cls, store: PipelineStore, spec: BaseModelSpec, plan: GenerationPlan, stages: _Stages
+    ) -> _Painter:
+        """Load what the plan needs and read its prompts."""
+        with stages.time("load"):
+            pipeline = store.pipeline(spec, plan.mode, plan.scheduler)
+            refiner = store.refiner_pipeline(spec, plan.scheduler) if plan.refine else None
+        with stages.time("text"):
+            embeddings = prompts.encode(pipeline, plan)
+            refiner_embeddings = prompts.encode(refiner, plan) if refiner else None
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in plan.seeds]
+        return cls(store, spec, plan, stages, embeddings, refiner_embeddings, generators)
+
+    def paint(
+        self, size: tuple[int, int], images: list[Image.Image], change: Mask | None
+    ) -> list[Image.Image]:
+        """One pass: pictures of `size`, from noise or from `images` (one for all, or one each)."""
+        plan = self.plan
+        pipeline = self.store.pipeline(self.spec, plan.mode, plan.scheduler)
+        config = self.store.load(self.spec).scheduler_config
+        latents = cells = None
+        if images:
+            with self.stages.time("encode"):
+                latents = _encode(pipeline, images, self.generators)
+        if change is not None and latents is not None:
+            cells = modes.to_cells(change).to(latents)
+            latents = modes.masked_content(plan, latents, cells, self.generators)
+        start = modes.Start(size, latents, cells, refine.handover(plan, config))
+        with self.stages.time("denoise"):
+            arguments = modes.ARGUMENTS[plan.mode](plan, self.embeddings, self.generators, start)
+            latents = pipeline(**arguments, output_type="latent", return_dict=False)[0]
+        if self.refiner_embeddings is not None:
+            refiner = self.store.refiner_pipeline(self.spec, plan.scheduler)
+            with self.stages.time("refine"):
+                latents = refine.refine(
+                    refiner, plan, self.refiner_embeddings, self.generators, latents, start
+                )
+        with self.stages.time("decode"):
+            return _decode(pipeline, latents)
+
+
+def _encode(
+    pipeline: StableDiffusionXLPipeline, images: list[Image.Image], generators: modes.Generators
+) -> torch.Tensor:
+    """Pictures of one size to latents (N, 4, H/8, W/8), scaled; a single one serves all N.
+
+    Draws from each generator as diffusers' pipelines do: first the image's, then their own noise.
     """
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in plan.seeds]
-    arguments = modes.txt2img(plan, embeddings, generators)
-    latents: torch.Tensor = pipeline(**arguments, output_type="latent", return_dict=False)[0]
-    return latents
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    vae = pipeline.vae
+    pixels = pipeline.image_processor.preprocess(images).to(vae.device, vae.dtype)
+    moments = vae.encode(pixels).latent_dist.parameters
+    if len(images) < len(generators):
+        moments = moments.repeat(len(generators), 1, 1, 1)
+    latents = DiagonalGaussianDistribution(moments).sample(generators)
+    scaled: torch.Tensor = latents * vae.config.scaling_factor
+    return scaled
 
 
 def _decode(pipeline: StableDiffusionXLPipeline, latents: torch.Tensor) -> list[Image.Image]:
@@ -116,7 +206,7 @@ class _Stages:
             self._device.type == "cuda"
         ):  # its work is queued: the stage has ended when the queue has
             torch.cuda.synchronize(self._device)
-        self.seconds[stage] = time.perf_counter() - started
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
     def peak_memory(self) -> int:
         if self._device.type == "cuda":

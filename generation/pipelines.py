@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from generation.base_models import BaseModelSpec, Family
+from generation.base_models import BaseModelSpec, Family, RefinerSpec
 from generation.request import Mode
 from generation.schedulers import build_scheduler
 from weights import cache
@@ -22,14 +23,19 @@ if TYPE_CHECKING:
 # pipelines takes longer than many a request.
 PIPELINE_CLASSES: dict[tuple[Family, Mode], str] = {
     (Family.SDXL, Mode.TXT2IMG): "StableDiffusionXLPipeline",
+    (Family.SDXL, Mode.IMG2IMG): "StableDiffusionXLImg2ImgPipeline",
+    (Family.SDXL, Mode.INPAINT): "StableDiffusionXLInpaintPipeline",
+    (Family.SDXL, Mode.OUTPAINT): "StableDiffusionXLInpaintPipeline",
 }
+# It always goes on from latents; where a mask holds it back, generation/refine.py does.
+REFINER_PIPELINE_CLASS = "StableDiffusionXLImg2ImgPipeline"
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A base model's shared parts, and the scheduler config exactly as it came."""
+    """A model's shared parts, and the scheduler config exactly as it came."""
 
-    parts: Mapping[str, object]  # component name → module or tokenizer
+    parts: Mapping[str, object]  # component name → module, tokenizer or pipeline setting
     scheduler_config: Mapping[str, object]
 
 
@@ -52,18 +58,20 @@ class PipelineStore:
             self._loaded[spec.name] = self._read(spec)
         return self._loaded[spec.name]
 
+    def load_refiner(self, spec: BaseModelSpec) -> LoadedModel:
+        """The parts of the model's refiner: a UNet of its own, the rest is the model's."""
+        assert spec.refiner is not None
+        if spec.refiner.name not in self._loaded:
+            self._loaded[spec.refiner.name] = self._read_refiner(spec.refiner, self.load(spec))
+        return self._loaded[spec.refiner.name]
+
     def pipeline(self, spec: BaseModelSpec, mode: Mode, scheduler: str) -> DiffusionPipeline:
         """A pipeline for one request, with a scheduler of its own."""
-        import diffusers
+        return _build(PIPELINE_CLASSES[spec.family, mode], self.load(spec), scheduler)
 
-        model = self.load(spec)
-        pipeline_class = getattr(diffusers, PIPELINE_CLASSES[spec.family, mode])
-        pipeline: DiffusionPipeline = pipeline_class(
-            **model.parts,
-            scheduler=build_scheduler(scheduler, model.scheduler_config),
-            add_watermarker=False,
-        )
-        return pipeline
+    def refiner_pipeline(self, spec: BaseModelSpec, scheduler: str) -> DiffusionPipeline:
+        """The refiner's pipeline for one request, with a scheduler of its own."""
+        return _build(REFINER_PIPELINE_CLASS, self.load_refiner(spec), scheduler)
 
     def _read(self, spec: BaseModelSpec) -> LoadedModel:
         import diffusers
@@ -93,5 +101,40 @@ class PipelineStore:
             local_files_only=True,
         ).to(self._device)
         parts = {name: part for name, part in pipeline.components.items() if name != "scheduler"}
-        config_file = folder / "scheduler" / "scheduler_config.json"
-        return LoadedModel(parts, json.loads(config_file.read_text(encoding="utf-8")))
+        return LoadedModel(parts, _scheduler_config(folder))
+
+    def _read_refiner(self, spec: RefinerSpec, base: LoadedModel) -> LoadedModel:
+        import diffusers
+
+        folder = cache.ensure(spec.weights, self._edition)
+        unet = diffusers.UNet2DConditionModel.from_pretrained(
+            folder / "unet", variant="fp16", dtype=self._dtype, use_safetensors=True
+        )
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        settings = ("requires_aesthetics_score", "force_zeros_for_empty_prompt")
+        parts = {
+            **base.parts,
+            "unet": unet.to(self._device),
+            "text_encoder": None,
+            "tokenizer": None,
+            **{name: index[name] for name in settings},
+        }
+        return LoadedModel(parts, _scheduler_config(folder))
+
+
+def _scheduler_config(folder: Path) -> Mapping[str, object]:
+    config: dict[str, object] = json.loads(
+        (folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
+    )
+    return config
+
+
+def _build(class_name: str, model: LoadedModel, scheduler: str) -> DiffusionPipeline:
+    import diffusers
+
+    pipeline: DiffusionPipeline = getattr(diffusers, class_name)(
+        **model.parts,
+        scheduler=build_scheduler(scheduler, model.scheduler_config),
+        add_watermarker=False,
+    )
+    return pipeline

@@ -4,22 +4,66 @@ import math
 import secrets
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from generation.base_models import BaseModelSpec
 from generation.errors import InvalidRequest
+from generation.images import MAX_IMAGE_PIXELS
 from generation.schedulers import SCHEDULERS
 
 SIDE_MULTIPLE = 8  # pixels per latent
 MAX_NUM_OUTPUTS = 4
 MAX_NUM_INFERENCE_STEPS = 500
 MAX_GUIDANCE_SCALE = 50.0
+MAX_MASK_BLUR = 128  # pixels
+MAX_INPAINT_PADDING = 1024  # pixels
 SEEDS = 2**32
+BASE_IMAGE_STRENGTH = 0.3  # replicate/cog-sdxl: diffusers' default for image to image
 
 
 class Mode(StrEnum):
     """The kinds of work, told apart by which images a request brings."""
 
     TXT2IMG = "txt2img"
+    IMG2IMG = "img2img"
+    INPAINT = "inpaint"
+    OUTPAINT = "outpaint"
+
+
+class InpaintArea(StrEnum):
+    """What the model sees of a picture in which something is repainted."""
+
+    WHOLE_PICTURE = "whole_picture"
+    MASKED_REGION = "masked_region"
+
+
+class MaskedContent(StrEnum):
+    """What repainting starts from under the mask."""
+
+    ORIGINAL = "original"
+    FILL = "fill"  # the surroundings' colours, continued inwards
+    NOISE = "noise"
+
+
+class Refine(StrEnum):
+    """Whether and how SDXL's refiner works on the picture; replicate/cog-sdxl's names."""
+
+    NO_REFINER = "no_refiner"
+    EXPERT_ENSEMBLE = "expert_ensemble_refiner"
+    BASE_IMAGE = "base_image_refiner"
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Pixels to add on each side of a picture."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    def __bool__(self) -> bool:
+        return self != Margins(0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -28,13 +72,47 @@ class GenerationRequest:
 
     prompt: str
     negative_prompt: str
+    image: Path | None
+    mask: Path | None  # white = repaint
     width: int | None  # pixels
     height: int | None  # pixels
     num_outputs: int
     scheduler: str | None
     num_inference_steps: int | None
     guidance_scale: float | None  # 1 or less: no guidance pass
+    prompt_strength: float  # 0 keeps the image, 1 ignores it
+    mask_from_alpha: bool  # transparent = repaint
+    mask_invert: bool
+    mask_blur: int  # pixels of the picture that comes out
+    masked_content: str
+    inpaint_area: str
+    inpaint_padding: int  # pixels
+    outpaint: Margins
+    refine: str
+    high_noise_frac: float  # the base model's share of the noise levels
+    refine_steps: int | None
     seed: int | None
+
+
+@dataclass(frozen=True)
+class RepaintPlan:
+    """How a part of a picture is repainted; inpainting's and outpainting's own settings."""
+
+    mask_invert: bool
+    mask_blur: int  # pixels
+    masked_content: MaskedContent
+    area: InpaintArea
+    padding: int  # pixels
+    outpaint: Margins
+
+
+@dataclass(frozen=True)
+class RefinePlan:
+    """What the refiner does."""
+
+    style: Refine
+    high_noise_frac: float
+    num_inference_steps: int
 
 
 @dataclass(frozen=True)
@@ -44,11 +122,14 @@ class GenerationPlan:
     mode: Mode
     prompt: str
     negative_prompt: str
-    width: int
+    width: int  # of the pictures that come out
     height: int
     scheduler: str
-    num_inference_steps: int
+    num_inference_steps: int  # of the whole schedule: the last strength x steps of it run
     guidance_scale: float
+    strength: float  # 1 except where an image is given
+    repaint: RepaintPlan | None
+    refine: RefinePlan | None
     seeds: tuple[int, ...]  # one per picture
 
     @property
@@ -58,59 +139,185 @@ class GenerationPlan:
 
 
 def resolve_mode(request: GenerationRequest) -> Mode:
-    """Which kind of work the request is."""
-    return Mode.TXT2IMG
+    """Which kind of work the request is: replicate/cog-sdxl's rule, and outpainting.
+
+    Raises:
+        InvalidRequest: the images do not add up to one.
+    """
+    masks = [name for name in ("mask", "mask_from_alpha") if getattr(request, name)]
+    if request.image is None:
+        for name in [*masks, *(["outpaint_*"] if request.outpaint else [])]:
+            raise InvalidRequest(f"{name} is given without an image; give the image it is about")
+        return Mode.TXT2IMG
+    if len(masks) > 1:
+        raise InvalidRequest("mask and mask_from_alpha are both given; give one of them")
+    if request.outpaint:
+        if masks:
+            raise InvalidRequest(
+                f"{masks[0]} and outpaint_* are both given; repaint and extend in two requests"
+            )
+        return Mode.OUTPAINT
+    return Mode.INPAINT if masks else Mode.IMG2IMG
 
 
-def resolve(request: GenerationRequest, spec: BaseModelSpec) -> GenerationPlan:
-    """Check every rule and fill in the model's defaults.
+def resolve(
+    request: GenerationRequest, spec: BaseModelSpec, image_size: tuple[int, int] | None
+) -> GenerationPlan:
+    """Check every rule and fill in the model's defaults; `image_size` is (width, height) in pixels.
 
     Raises:
         InvalidRequest: naming the value, the rule and the remedy.
     """
-    width, height = _size(request, spec)
+    mode = resolve_mode(request)
+    _check(request)
+    width, height = _size(request, mode, spec, image_size)
     steps = request.num_inference_steps
     guidance = request.guidance_scale
-    scheduler = spec.scheduler if request.scheduler is None else request.scheduler
-    if scheduler not in SCHEDULERS:
-        raise InvalidRequest(
-            f"scheduler {scheduler!r} is not known; choose one of {', '.join(SCHEDULERS)}"
-        )
-    _within("num_outputs", request.num_outputs, 1, MAX_NUM_OUTPUTS)
-    if steps is not None:
-        _within("num_inference_steps", steps, 1, MAX_NUM_INFERENCE_STEPS)
-    if guidance is not None:
-        _within("guidance_scale", guidance, 0, MAX_GUIDANCE_SCALE)
+    strength = 1.0 if mode is Mode.TXT2IMG else request.prompt_strength
+    strength, steps = _at_least_one_step(
+        strength, spec.num_inference_steps if steps is None else steps
+    )
     return GenerationPlan(
-        mode=resolve_mode(request),
+        mode=mode,
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         width=width,
         height=height,
-        scheduler=scheduler,
-        num_inference_steps=spec.num_inference_steps if steps is None else steps,
+        scheduler=spec.scheduler if request.scheduler is None else request.scheduler,
+        num_inference_steps=steps,
         guidance_scale=spec.guidance_scale if guidance is None else guidance,
+        strength=strength,
+        repaint=_repaint(request) if mode in (Mode.INPAINT, Mode.OUTPAINT) else None,
+        refine=_refine(request, spec, steps),
         seeds=_seeds(request.seed, request.num_outputs),
     )
 
 
-def _within(name: str, value: float, low: float, high: float) -> None:
+def _check(request: GenerationRequest) -> None:
+    """The rules that concern one value each."""
+    _one_of("scheduler", request.scheduler, list(SCHEDULERS))
+    _one_of("masked_content", request.masked_content, list(MaskedContent))
+    _one_of("inpaint_area", request.inpaint_area, list(InpaintArea))
+    _one_of("refine", request.refine, list(Refine))
+    _within("num_outputs", request.num_outputs, 1, MAX_NUM_OUTPUTS)
+    _within("num_inference_steps", request.num_inference_steps, 1, MAX_NUM_INFERENCE_STEPS)
+    _within("guidance_scale", request.guidance_scale, 0, MAX_GUIDANCE_SCALE)
+    _within("prompt_strength", request.prompt_strength, 0, 1)
+    _within("mask_blur", request.mask_blur, 0, MAX_MASK_BLUR)
+    _within("inpaint_padding", request.inpaint_padding, 0, MAX_INPAINT_PADDING)
+    _within("high_noise_frac", request.high_noise_frac, 0, 1)
+    _within("refine_steps", request.refine_steps, 1, MAX_NUM_INFERENCE_STEPS)
+    _within("seed", request.seed, 0, SEEDS - 1)
+
+
+def _one_of(name: str, value: str | None, names: list[str]) -> None:
+    if value is not None and value not in names:
+        raise InvalidRequest(
+            f"{name} {value!r} is not known; choose one of {', '.join(map(str, names))}"
+        )
+
+
+def _within(name: str, value: float | None, low: float, high: float) -> None:
     # Written so that NaN fails too.
-    if not low <= value <= high:
+    if value is not None and not low <= value <= high:
         raise InvalidRequest(f"{name} is {value}; it must be from {low} to {high}")
+
+
+def _at_least_one_step(strength: float, steps: int) -> tuple[float, int]:
+    """(strength, steps) so that int(strength x steps), diffusers' count of steps, is not zero.
+
+    The strength is what was asked; the schedule gets finer until one of its steps fits in.
+    """
+    strength = max(strength, 1 / MAX_NUM_INFERENCE_STEPS)
+    while int(steps * strength) < 1:
+        steps += 1
+    return strength, steps
+
+
+def _repaint(request: GenerationRequest) -> RepaintPlan:
+    return RepaintPlan(
+        mask_invert=request.mask_invert,
+        mask_blur=request.mask_blur,
+        masked_content=MaskedContent(request.masked_content),
+        area=InpaintArea(request.inpaint_area),
+        padding=request.inpaint_padding,
+        outpaint=request.outpaint,
+    )
+
+
+def _refine(request: GenerationRequest, spec: BaseModelSpec, steps: int) -> RefinePlan | None:
+    style = Refine(request.refine)
+    if style is Refine.NO_REFINER:
+        return None
+    if spec.refiner is None:
+        raise InvalidRequest(
+            f"refine is {style}, but {spec.name} has no refiner; use refine={Refine.NO_REFINER}"
+        )
+    steps = steps if request.refine_steps is None else request.refine_steps
+    if style is Refine.BASE_IMAGE:
+        _, steps = _at_least_one_step(BASE_IMAGE_STRENGTH, steps)
+    return RefinePlan(style, request.high_noise_frac, steps)
 
 
 def _seeds(seed: int | None, count: int) -> tuple[int, ...]:
     """Picture k has the seed s + k, so that each can be made again on its own."""
     if seed is None:
         seed = secrets.randbelow(SEEDS)
-    _within("seed", seed, 0, SEEDS - 1)
     return tuple((seed + k) % SEEDS for k in range(count))
 
 
-def _size(request: GenerationRequest, spec: BaseModelSpec) -> tuple[int, int]:
-    width = spec.native_size if request.width is None else request.width
-    height = spec.native_size if request.height is None else request.height
+def _size(
+    request: GenerationRequest, mode: Mode, spec: BaseModelSpec, image: tuple[int, int] | None
+) -> tuple[int, int]:
+    """(width, height) of the pictures that come out."""
+    width, height = request.width, request.height
+    if mode is Mode.OUTPAINT:
+        if width is not None or height is not None:
+            raise InvalidRequest(
+                f"width={width} height={height} is given together with outpaint_*; the size "
+                "follows from the image and the margins, so leave width and height out"
+            )
+        return _outpainted_size(request.outpaint, image)
+    if image is None:
+        native = spec.native_size
+        return _valid_size(
+            native if width is None else width, native if height is None else height, spec
+        )
+    if width is None and height is None:
+        # Inpainting returns the picture it was given, at that picture's own size.
+        return image if mode is Mode.INPAINT else size_of_aspect(*image, spec)
+    aspect = image[0] / image[1]
+    return _valid_size(
+        width if width is not None else _rounded((height or 0) * aspect),
+        height if height is not None else _rounded((width or 0) / aspect),
+        spec,
+    )
+
+
+def _outpainted_size(margins: Margins, image: tuple[int, int] | None) -> tuple[int, int]:
+    assert image is not None
+    for name, margin, side in (
+        ("left", margins.left, image[0]),
+        ("right", margins.right, image[0]),
+        ("top", margins.top, image[1]),
+        ("bottom", margins.bottom, image[1]),
+    ):
+        if not 0 <= margin <= side:
+            raise InvalidRequest(
+                f"outpaint_{name} is {margin}; it must be from 0 to {side}, the image's own "
+                "side: extend further in a second request"
+            )
+    width = image[0] + margins.left + margins.right
+    height = image[1] + margins.top + margins.bottom
+    if width * height > MAX_IMAGE_PIXELS:
+        raise InvalidRequest(
+            f"the extended picture would be {width}x{height}; it may have at most "
+            f"{MAX_IMAGE_PIXELS} pixels: extend by less or send a smaller image"
+        )
+    return width, height
+
+
+def _valid_size(width: int, height: int, spec: BaseModelSpec) -> tuple[int, int]:
     nearest = nearest_valid_size(width, height, spec)
     if nearest == (width, height):
         return nearest
@@ -122,12 +329,21 @@ def _size(request: GenerationRequest, spec: BaseModelSpec) -> tuple[int, int]:
     )
 
 
-def nearest_valid_size(width: int, height: int, spec: BaseModelSpec) -> tuple[int, int]:
+def size_of_aspect(width: float, height: float, spec: BaseModelSpec) -> tuple[int, int]:
+    """The valid (width, height) of this aspect ratio with the area the model was trained at."""
+    scale = spec.native_size / math.sqrt(width * height)
+    return nearest_valid_size(width * scale, height * scale, spec)
+
+
+def _rounded(length: float) -> int:
+    return math.floor(length / SIDE_MULTIPLE + 0.5) * SIDE_MULTIPLE
+
+
+def nearest_valid_size(width: float, height: float, spec: BaseModelSpec) -> tuple[int, int]:
     """The valid (width, height) in pixels closest to the given one; the same one if it is valid."""
 
     def side(length: float) -> int:
-        rounded = math.floor(length / SIDE_MULTIPLE + 0.5) * SIDE_MULTIPLE
-        return min(max(rounded, spec.min_side), spec.max_side)
+        return min(max(_rounded(length), spec.min_side), spec.max_side)
 
     w, h = side(width), side(height)
     if w * h > spec.max_pixels:

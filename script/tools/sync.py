@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import EnumType
 from pathlib import Path
 
 from script.tools.cog_config import ConfigError, read_config
@@ -120,13 +121,13 @@ def _marked_list(text: str, file: str, line: int) -> tuple[str, ast.List]:
 
 
 def registry_names(module: str, attribute: str) -> list[str]:
-    """The keys of a registry, or the elements of a sequence of names."""
+    """The keys of a registry, the values of a StrEnum, or the elements of a sequence of names."""
     where = f"{module}.{attribute}"
     try:
         registry = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise SyncError(f"registry {where} of a `# script/sync:` comment: {error}") from error
-    iterable = isinstance(registry, Mapping | list | tuple)
+    iterable = isinstance(registry, Mapping | list | tuple | EnumType)
     names = list(registry) if iterable else []
     if not names or not all(isinstance(name, str) and SAFE_NAME.fullmatch(name) for name in names):
         problem = "is not a dict or a sequence of plain, non-empty strings"

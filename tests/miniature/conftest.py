@@ -10,20 +10,10 @@ from PIL import Image
 
 import generation.engine
 from generation.engine import Engine, GenerationResult
-from generation.request import GenerationRequest
+from tests.requests import REQUEST
 from weights.catalog import Edition
 
-RED_ON_BLUE = GenerationRequest(
-    prompt="a large red circle on a blue background",
-    negative_prompt="",
-    width=None,
-    height=None,
-    num_outputs=1,
-    scheduler=None,
-    num_inference_steps=8,
-    guidance_scale=None,
-    seed=1,
-)
+RED_ON_BLUE = replace(REQUEST, num_inference_steps=8)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """Every rule about a request, and what is filled in where it leaves a value open."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
+from itertools import product
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,34 +11,33 @@ from hypothesis import strategies as st
 
 from generation.base_models import BASE_MODELS, MINIATURE_SDXL, SDXL
 from generation.errors import InvalidRequest
+from generation.images import MAX_IMAGE_PIXELS
 from generation.request import (
+    MAX_NUM_INFERENCE_STEPS,
     SIDE_MULTIPLE,
     GenerationRequest,
+    Margins,
     Mode,
+    Refine,
     nearest_valid_size,
     resolve,
+    resolve_mode,
 )
 from generation.schedulers import SCHEDULERS
+from tests.requests import REQUEST as ANY_REQUEST
 
-REQUEST = GenerationRequest(
-    prompt="a red circle",
-    negative_prompt="",
-    width=None,
-    height=None,
-    num_outputs=1,
-    scheduler=None,
-    num_inference_steps=None,
-    guidance_scale=None,
-    seed=7,
-)
+REQUEST = replace(ANY_REQUEST, seed=7)
+IMAGE, MASK = Path("image.png"), Path("mask.png")  # never opened
+IMG2IMG = replace(REQUEST, image=IMAGE)
+INPAINT = replace(REQUEST, image=IMAGE, mask=MASK)
 
 
 def test_open_values_take_the_models_own():
-    plan = resolve(REQUEST, SDXL)
+    plan = resolve(REQUEST, SDXL, None)
     assert (plan.width, plan.height) == (1024, 1024)
     assert (plan.scheduler, plan.num_inference_steps, plan.guidance_scale) == ("K_EULER", 50, 7.5)
     assert plan.mode is Mode.TXT2IMG
-    small = resolve(REQUEST, MINIATURE_SDXL)
+    small = resolve(REQUEST, MINIATURE_SDXL, None)
     assert (small.width, small.height, small.num_inference_steps) == (128, 128, 20)
 
 
@@ -50,14 +51,14 @@ def test_given_values_are_kept():
         guidance_scale=0.0,
         num_outputs=2,
     )
-    plan = resolve(asked, SDXL)
+    plan = resolve(asked, SDXL, None)
     assert (plan.width, plan.height, plan.scheduler) == (512, 768, "DDIM")
     assert (plan.num_inference_steps, plan.guidance_scale, len(plan.seeds)) == (3, 0.0, 2)
 
 
 @pytest.mark.parametrize(("scale", "guided"), [(0, False), (1, False), (1.01, True), (50, True)])
 def test_guidance_of_one_or_less_runs_no_second_pass(scale, guided):
-    assert resolve(replace(REQUEST, guidance_scale=scale), SDXL).guided is guided
+    assert resolve(replace(REQUEST, guidance_scale=scale), SDXL, None).guided is guided
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_guidance_of_one_or_less_runs_no_second_pass(scale, guided):
 )
 def test_a_broken_rule_names_value_rule_and_remedy(change, fragments):
     with pytest.raises(InvalidRequest) as raised:
-        resolve(replace(REQUEST, **change), SDXL)
+        resolve(replace(REQUEST, **change), SDXL, None)
     for fragment in fragments:
         assert fragment in str(raised.value)
 
@@ -101,13 +102,13 @@ def test_the_nearest_size_keeps_the_aspect_ratio_when_the_area_is_too_large():
 
 
 def test_picture_k_has_seed_plus_k_and_wraps_at_32_bits():
-    assert resolve(replace(REQUEST, num_outputs=3), SDXL).seeds == (7, 8, 9)
+    assert resolve(replace(REQUEST, num_outputs=3), SDXL, None).seeds == (7, 8, 9)
     last = replace(REQUEST, seed=2**32 - 1, num_outputs=2)
-    assert resolve(last, SDXL).seeds == (2**32 - 1, 0)
+    assert resolve(last, SDXL, None).seeds == (2**32 - 1, 0)
 
 
 def test_an_open_seed_is_drawn_from_all_32_bits():
-    seeds = {resolve(replace(REQUEST, seed=None), SDXL).seeds[0] for _ in range(200)}
+    seeds = {resolve(replace(REQUEST, seed=None), SDXL, None).seeds[0] for _ in range(200)}
     assert len(seeds) == 200
     assert max(seeds) > 2**31
 
@@ -117,4 +118,259 @@ def test_the_defaults_of_every_model_are_valid():
         for name, spec in models.items():
             assert spec.name == name
             assert spec.scheduler in SCHEDULERS
-            resolve(REQUEST, spec)
+            resolve(REQUEST, spec, None)
+
+
+# Modes
+
+
+def refusal(request: GenerationRequest, size: tuple[int, int] | None = None) -> str:
+    with pytest.raises(InvalidRequest) as raised:
+        resolve(request, SDXL, size)
+    return str(raised.value)
+
+
+MODES = {  # (image, mask, mask_from_alpha, outpaint)
+    (False, False, False, False): Mode.TXT2IMG,
+    (True, False, False, False): Mode.IMG2IMG,
+    (True, True, False, False): Mode.INPAINT,
+    (True, False, True, False): Mode.INPAINT,
+    (True, False, False, True): Mode.OUTPAINT,
+}
+
+
+@pytest.mark.parametrize("given", list(product([False, True], repeat=4)), ids=str)
+def test_the_images_decide_the_mode_or_do_not_add_up(given):
+    image, mask, mask_from_alpha, outpaint = given
+    request = replace(
+        REQUEST,
+        image=IMAGE if image else None,
+        mask=MASK if mask else None,
+        mask_from_alpha=mask_from_alpha,
+        outpaint=Margins(0, 0, 8 * outpaint, 0),
+    )
+    if given in MODES:
+        assert resolve_mode(request) is MODES[given]
+    else:
+        with pytest.raises(InvalidRequest):
+            resolve_mode(request)
+
+
+@pytest.mark.parametrize(
+    ("request_", "fragments"),
+    [
+        (replace(REQUEST, mask=MASK), ["mask is given without an image", "give the image"]),
+        (replace(REQUEST, mask_from_alpha=True), ["mask_from_alpha is given without an image"]),
+        (replace(REQUEST, outpaint=Margins(8, 0, 0, 0)), ["outpaint_*", "without an image"]),
+        (replace(INPAINT, mask_from_alpha=True), ["mask and mask_from_alpha", "one of them"]),
+        (replace(INPAINT, outpaint=Margins(0, 8, 0, 0)), ["mask and outpaint_*", "two requests"]),
+        (
+            replace(IMG2IMG, mask_from_alpha=True, outpaint=Margins(0, 0, 0, 8)),
+            ["mask_from_alpha and outpaint_*", "two requests"],
+        ),
+    ],
+)
+def test_images_that_do_not_add_up_are_named_with_the_remedy(request_, fragments):
+    message = refusal(request_, (512, 512))
+    for fragment in fragments:
+        assert fragment in message
+
+
+def test_a_repaint_plan_is_made_where_something_is_repainted():
+    size = (1024, 1024)
+    outpaint = replace(IMG2IMG, outpaint=Margins(8, 0, 0, 0))
+    assert resolve(REQUEST, SDXL, None).repaint is None
+    assert resolve(IMG2IMG, SDXL, size).repaint is None
+    assert resolve(outpaint, SDXL, size).repaint.outpaint == Margins(8, 0, 0, 0)
+    asked = replace(INPAINT, mask_blur=3, masked_content="noise", inpaint_area="masked_region")
+    plan = resolve(replace(asked, inpaint_padding=5, mask_invert=True), SDXL, size).repaint
+    assert (plan.mask_blur, plan.masked_content, plan.area) == (3, "noise", "masked_region")
+    assert (plan.padding, plan.mask_invert, plan.outpaint) == (5, True, Margins(0, 0, 0, 0))
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("change", "fragments"),
+    [
+        ({"prompt_strength": -0.01}, ["prompt_strength is -0.01", "from 0 to 1"]),
+        ({"prompt_strength": 1.01}, ["prompt_strength is 1.01", "from 0 to 1"]),
+        ({"high_noise_frac": 2}, ["high_noise_frac is 2", "from 0 to 1"]),
+        ({"mask_blur": -1}, ["mask_blur is -1", "from 0 to 128"]),
+        ({"mask_blur": 129}, ["mask_blur is 129", "from 0 to 128"]),
+        ({"inpaint_padding": -1}, ["inpaint_padding is -1", "from 0 to 1024"]),
+        ({"inpaint_padding": 1025}, ["inpaint_padding is 1025", "from 0 to 1024"]),
+        ({"refine_steps": 0}, ["refine_steps is 0", "from 1 to 500"]),
+        ({"refine_steps": 501}, ["refine_steps is 501", "from 1 to 500"]),
+        ({"masked_content": "blur"}, ["masked_content 'blur'", "original, fill, noise"]),
+        ({"inpaint_area": ""}, ["inpaint_area ''", "whole_picture, masked_region"]),
+        ({"refine": "yes"}, ["refine 'yes'", "no_refiner, expert_ensemble_refiner"]),
+    ],
+)
+def test_a_broken_rule_about_images_names_value_rule_and_remedy(change, fragments):
+    message = refusal(replace(INPAINT, **change), (1024, 1024))
+    for fragment in fragments:
+        assert fragment in message
+
+
+FLOATS = [f.name for f in fields(GenerationRequest) if "float" in str(f.type)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", FLOATS)
+def test_what_is_no_number_is_refused(name, value):
+    assert f"{name} is {value}" in refusal(replace(INPAINT, **{name: value}), (1024, 1024))
+
+
+def test_the_floats_are_all_there():
+    assert set(FLOATS) == {"guidance_scale", "prompt_strength", "high_noise_frac"}
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("spec", [SDXL, MINIATURE_SDXL])
+@pytest.mark.parametrize("size", [(4000, 3000), (300, 400), (777, 777), (160, 90), (64, 65)])
+def test_image_to_image_keeps_the_aspect_at_the_area_the_model_knows(spec, size):
+    plan = resolve(IMG2IMG, spec, size)
+    assert nearest_valid_size(plan.width, plan.height, spec) == (plan.width, plan.height)
+    assert plan.width / plan.height == pytest.approx(size[0] / size[1], rel=0.08)
+    assert plan.width * plan.height == pytest.approx(spec.native_size**2, rel=0.08)
+
+
+@given(st.integers(1, 9000), st.integers(1, 9000), st.sampled_from([SDXL, MINIATURE_SDXL]))
+def test_image_to_image_has_a_valid_size_for_every_image(width, height, spec):
+    plan = resolve(IMG2IMG, spec, (width, height))
+    assert nearest_valid_size(plan.width, plan.height, spec) == (plan.width, plan.height)
+
+
+@given(st.integers(1, 9000), st.integers(1, 9000))
+def test_inpainting_keeps_the_images_own_size(width, height):
+    plan = resolve(INPAINT, SDXL, (width, height))
+    assert (plan.width, plan.height) == (width, height)
+    alpha = resolve(replace(IMG2IMG, mask_from_alpha=True), SDXL, (width, height))
+    assert (alpha.width, alpha.height) == (width, height)
+
+
+@pytest.mark.parametrize("request_", [IMG2IMG, INPAINT])
+@pytest.mark.parametrize(
+    ("change", "size"),
+    [
+        ({"width": 512}, (512, 384)),
+        ({"height": 768}, (1024, 768)),
+        ({"width": 520}, (520, 392)),  # 390 is no multiple of 8
+        ({"width": 640, "height": 640}, (640, 640)),
+    ],
+)
+def test_the_other_side_follows_from_the_image(request_, change, size):
+    plan = resolve(replace(request_, **change), SDXL, (2000, 1500))
+    assert (plan.width, plan.height) == size
+
+
+@pytest.mark.parametrize("request_", [IMG2IMG, INPAINT])
+def test_a_side_that_makes_the_other_impossible_is_refused_with_the_nearest(request_):
+    message = refusal(replace(request_, width=512), (3000, 300))
+    assert "width=512 height=48 is not possible" in message
+    assert "width=512 height=256" in message
+
+
+@pytest.mark.parametrize("change", [{"width": 100}, {"height": 4096}, {"width": 8, "height": 8}])
+@pytest.mark.parametrize("request_", [IMG2IMG, INPAINT])
+def test_an_impossible_size_is_refused_with_an_image_too(request_, change):
+    assert "is not possible with sdxl" in refusal(replace(request_, **change), (1024, 1024))
+
+
+# Outpainting
+
+
+def test_an_outpainted_picture_has_its_margins_added():
+    plan = resolve(replace(IMG2IMG, outpaint=Margins(1, 20, 300, 0)), SDXL, (301, 77))
+    assert (plan.mode, plan.width, plan.height) == (Mode.OUTPAINT, 602, 97)
+
+
+@pytest.mark.parametrize("change", [{"width": 512}, {"height": 512}])
+def test_a_size_with_outpainting_is_refused(change):
+    request = replace(IMG2IMG, outpaint=Margins(8, 0, 0, 0), **change)
+    assert "leave width and height out" in refusal(request, (512, 512))
+
+
+@pytest.mark.parametrize(
+    ("margins", "fragment"),
+    [
+        (Margins(301, 0, 0, 0), "outpaint_left is 301; it must be from 0 to 300"),
+        (Margins(0, 201, 0, 0), "outpaint_top is 201; it must be from 0 to 200"),
+        (Margins(0, 0, 301, 0), "outpaint_right is 301; it must be from 0 to 300"),
+        (Margins(0, 0, 0, 201), "outpaint_bottom is 201; it must be from 0 to 200"),
+        (Margins(-1, 0, 0, 0), "outpaint_left is -1; it must be from 0 to 300"),
+    ],
+)
+def test_a_margin_is_at_most_the_images_own_side(margins, fragment):
+    message = refusal(replace(IMG2IMG, outpaint=margins), (300, 200))
+    assert fragment in message
+    assert "second request" in message
+    largest = replace(IMG2IMG, outpaint=Margins(300, 200, 300, 200))
+    assert resolve(largest, SDXL, (300, 200)).width == 900
+
+
+def test_an_extended_picture_of_too_many_pixels_is_refused():
+    request = replace(IMG2IMG, outpaint=Margins(0, 0, 0, 8))
+    side = math.isqrt(MAX_IMAGE_PIXELS)
+    message = refusal(request, (side, side))
+    assert f"would be {side}x{side + 8}" in message
+    assert f"at most {MAX_IMAGE_PIXELS} pixels" in message
+    assert resolve(request, SDXL, (side, side - 8)).height == side
+
+
+# Steps
+
+
+@given(st.integers(1, 500), st.floats(0, 1))
+def test_at_least_one_step_runs_and_no_less_is_changed_than_was_asked(steps, strength):
+    request = replace(IMG2IMG, num_inference_steps=steps, prompt_strength=strength)
+    plan = resolve(request, SDXL, (1024, 1024))
+    assert int(plan.num_inference_steps * plan.strength) >= 1
+    assert strength <= plan.strength <= max(strength, 1 / MAX_NUM_INFERENCE_STEPS)
+    assert steps <= plan.num_inference_steps <= MAX_NUM_INFERENCE_STEPS
+    if int(steps * strength) >= 1:
+        assert (plan.num_inference_steps, plan.strength) == (steps, strength)
+
+
+def test_without_an_image_every_step_runs():
+    plan = resolve(replace(REQUEST, prompt_strength=0.0, num_inference_steps=3), SDXL, None)
+    assert (plan.num_inference_steps, plan.strength) == (3, 1.0)
+
+
+# Refining
+
+
+def test_no_refiner_is_planned_unless_asked():
+    assert resolve(REQUEST, SDXL, None).refine is None
+
+
+@pytest.mark.parametrize("style", [Refine.EXPERT_ENSEMBLE, Refine.BASE_IMAGE])
+def test_refining_with_a_model_that_has_no_refiner_is_refused(style):
+    lonely = replace(SDXL, name="lonely", refiner=None)
+    with pytest.raises(InvalidRequest) as raised:
+        resolve(replace(REQUEST, refine=style.value), lonely, None)
+    assert f"refine is {style.value}, but lonely has no refiner" in str(raised.value)
+    assert "use refine=no_refiner" in str(raised.value)
+    assert resolve(REQUEST, lonely, None).refine is None
+
+
+@pytest.mark.parametrize(
+    ("steps", "refine_steps", "planned"),
+    [(None, None, 50), (10, None, 10), (10, 30, 30), (10, 4, 4), (10, 3, 4), (1, None, 4)],
+)
+def test_the_base_image_refiner_makes_as_many_steps_and_at_least_one(steps, refine_steps, planned):
+    request = replace(REQUEST, num_inference_steps=steps, refine_steps=refine_steps)
+    plan = resolve(replace(request, refine="base_image_refiner"), SDXL, None)
+    assert plan.refine.num_inference_steps == planned
+    assert int(planned * 0.3) >= 1
+
+
+def test_the_expert_ensemble_keeps_the_share_that_was_asked():
+    request = replace(REQUEST, refine="expert_ensemble_refiner", high_noise_frac=0.65)
+    plan = resolve(request, SDXL, None)
+    assert plan.refine.style is Refine.EXPERT_ENSEMBLE
+    assert plan.refine.high_noise_frac == 0.65

@@ -1,0 +1,189 @@
+"""Trained weights in a model's shared modules: applied for one request, and taken back exactly."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weights.trained import LoraDelta, Pooling, TokenVectors, TrainedWeights
+
+_MODULES = ("unet", "text_encoder", "text_encoder_2")
+_TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Trained weights and how strongly their LoRA counts: any sign, 1 as trained."""
+
+    weights: TrainedWeights
+    scale: float
+
+
+def with_own_tokens(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The adapters with placeholder tokens that no two of them share.
+
+    Every file calls its tokens <s0>, <s1> ...; the first keeps the names, as people may have typed
+    them.
+    """
+    return [adapter if k == 0 else _renamed(adapter, k) for k, adapter in enumerate(adapters)]
+
+
+def _renamed(adapter: Adapter, number: int) -> Adapter:
+    def other(text: str) -> str:
+        return re.sub(r"<s(\d+)>", rf"<a{number}s\1>", text)
+
+    weights = adapter.weights
+    embeddings = tuple(
+        replace(v, placeholder_tokens=tuple(map(other, v.placeholder_tokens)))
+        for v in weights.embeddings
+    )
+    words = {word: other(tokens) for word, tokens in weights.trigger_words.items()}
+    return replace(adapter, weights=replace(weights, embeddings=embeddings, trigger_words=words))
+
+
+def replace_trigger_words(prompt: str, words: Mapping[str, str]) -> str:
+    """Trigger words to their placeholder tokens, at word boundaries: TOK, but not TOKYO."""
+    if not words:
+        return prompt
+    longest_first = sorted(words, key=len, reverse=True)
+    pattern = "|".join(re.escape(word) for word in longest_first)
+    return re.sub(rf"(?<!\w)(?:{pattern})(?!\w)", lambda match: words[match[0]], prompt)
+
+
+class AdapterSlot:
+    """The only place that changes a loaded model's modules.
+
+    Merging is in place, on the storages that the modules have: nothing that was compiled or
+    captured for them goes stale. Taking back copies the pristine values, so it leaves no rounding
+    behind. What is about to change is written down first: a cancellation can strike any line, and
+    then the next request takes back what this one could not.
+    """
+
+    def __init__(self, parts: Mapping[str, object]) -> None:
+        self._parts = parts
+        self._parameters = {
+            f"{part}.{name}": parameter
+            for part in _MODULES
+            if isinstance(module := parts.get(part), nn.Module)
+            for name, parameter in module.named_parameters()
+        }
+        self._pristine: dict[str, Tensor] = {}  # on the CPU, of every parameter changed so far
+        self._changed: set[str] = set()
+        self._embeddings: dict[str, nn.Parameter] = {}  # part → its own token embeddings
+        self._pooling: int | None = None  # the second encoder's own eos_token_id
+        self._tokenizers: dict[tuple[tuple[str, ...], str], Any] = {}
+
+    @contextmanager
+    def applied(self, adapters: Sequence[Adapter]) -> Iterator[Mapping[str, object]]:
+        """Merge the adapters, in order; yields the parts that take the model's own ones' place.
+
+        Whatever happens inside, and whenever it is cancelled, the modules are as before
+        afterwards, or at the latest when the next request comes here.
+        """
+        self._take_back()
+        try:
+            for adapter in adapters:
+                self._merge(adapter)
+            yield self._extend_vocabulary([a.weights for a in adapters])
+        finally:
+            self._take_back()
+
+    def _merge(self, adapter: Adapter) -> None:
+        for name, value in adapter.weights.unet.items():
+            self._write(f"unet.{name}", value)
+        if adapter.scale == 0:
+            return
+        for module, delta in adapter.weights.lora.items():
+            name = f"{module}.weight"
+            self._write(name, merged(self._parameters[name], delta, adapter.scale))
+
+    def _write(self, name: str, value: Tensor) -> None:
+        parameter = self._parameters[name]
+        if name not in self._pristine:
+            self._pristine[name] = parameter.detach().to("cpu", copy=True)
+        self._changed.add(name)
+        parameter.copy_(value)
+
+    def _extend_vocabulary(self, trained: Sequence[TrainedWeights]) -> Mapping[str, object]:
+        """Rows for new tokens in both text encoders; returns tokenizers that know them."""
+        vectors = [v for weights in trained for v in weights.embeddings]
+        if not vectors:
+            return {}
+        tokens = tuple(token for v in vectors for token in v.placeholder_tokens)
+        for part in _TOKENIZERS:
+            if any(part in v.vectors for v in vectors):
+                self._append_rows(part, vectors)
+        if all(w.pooling is Pooling.EOS for w in trained if w.embeddings):
+            self._pool_at_the_end()
+        return {_TOKENIZERS[part]: self._tokenizer(part, tokens) for part in self._embeddings}
+
+    def _append_rows(self, part: str, vectors: Sequence[TokenVectors]) -> None:
+        embedding = self._parts[part].get_input_embeddings()  # type: ignore[attr-defined]
+        own = embedding.weight
+        rows = [
+            v.vectors.get(part, own.new_zeros(len(v.placeholder_tokens), own.shape[1])).to(own)
+            for v in vectors
+        ]
+        self._embeddings[part] = own
+        embedding.weight = nn.Parameter(torch.cat([own, *rows]), requires_grad=False)
+
+    def _tokenizer(self, part: str, tokens: tuple[str, ...]) -> Any:  # noqa: ANN401
+        """A copy of the part's tokenizer with the tokens, whose ids are the appended rows'."""
+        key = (tokens, part)
+        if key not in self._tokenizers:
+            from transformers import AddedToken
+
+            extended = copy.deepcopy(self._parts[_TOKENIZERS[part]])
+            added = [AddedToken(t, normalized=False, special=True) for t in tokens]
+            extended.add_tokens(added, special_tokens=True)  # type: ignore[attr-defined]
+            rows = self._embeddings[part].shape[0]
+            ids = extended.convert_tokens_to_ids(list(tokens))  # type: ignore[attr-defined]
+            assert ids == list(range(rows, rows + len(tokens))), "vocabulary and embeddings differ"
+            self._tokenizers = {key: extended, **dict(list(self._tokenizers.items())[:15])}
+        return self._tokenizers[key]
+
+    def _pool_at_the_end(self) -> None:
+        """Pool where the text ends, not at the highest token id, which a new token now has.
+
+        SDXL's config says eos_token_id 2, by which transformers means the highest id
+        (CLIPTextTransformer.forward).
+        """
+        model = self._parts["text_encoder_2"].text_model  # type: ignore[attr-defined]
+        tokenizer: Any = self._parts["tokenizer_2"]
+        self._pooling = model.eos_token_id
+        model.eos_token_id = tokenizer.eos_token_id
+
+    def _take_back(self) -> None:
+        for part, own in list(self._embeddings.items()):
+            self._parts[part].get_input_embeddings().weight = own  # type: ignore[attr-defined]
+            del self._embeddings[part]
+        if self._pooling is not None:
+            self._parts["text_encoder_2"].text_model.eos_token_id = self._pooling  # type: ignore[attr-defined]
+            self._pooling = None
+        for name in list(self._changed):
+            self._parameters[name].copy_(self._pristine[name])
+            self._changed.discard(name)
+
+
+def merged(parameter: Tensor, delta: LoraDelta, scale: float) -> Tensor:
+    """W + scale * (alpha / rank) * up @ down, in fp32 (arXiv:2106.09685, equation 3).
+
+    With a DoRA magnitude m: m * W' / ||W'||, W' being the above (arXiv:2402.09353, equation 5).
+    """
+    down, up = (t.to(parameter.device, torch.float32).flatten(1) for t in (delta.down, delta.up))
+    factor = scale * delta.alpha / down.shape[0]
+    weight = parameter.float().flatten(1).addmm(up, down, alpha=factor)
+    if delta.dora_scale is not None:
+        # One magnitude for each output, or for each input (LyCORIS): the norm is over the rest.
+        magnitude = delta.dora_scale.to(weight)
+        weight = weight.view(parameter.shape)
+        over = [d for d in range(weight.ndim) if magnitude.shape[d] == 1]
+        weight = weight * (magnitude / weight.norm(dim=over, keepdim=True))
+    return weight.view(parameter.shape)

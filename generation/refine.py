@@ -1,0 +1,78 @@
+"""SDXL's refiner: a second model for the least noisy steps (arXiv:2307.01952, section 2.5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from generation.modes import Generators, Source, Start, noise_to_come
+from generation.prompts import PromptEmbeddings
+from generation.request import BASE_IMAGE_STRENGTH, GenerationPlan, Refine
+from generation.schedulers import build_scheduler
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def handover(plan: GenerationPlan, scheduler_config: Mapping[str, object]) -> float | None:
+    """The share of the noise levels after which the refiner takes over; None: it does not.
+
+    `high_noise_frac` as asked, but the base model makes at least the first step, because the
+    refiner cannot start from pure noise; with so few steps that none is left, it makes all.
+    """
+    if plan.refine is None or plan.refine.style is not Refine.EXPERT_ENSEMBLE:
+        return None
+    scheduler = build_scheduler(plan.scheduler, scheduler_config)
+    scheduler.set_timesteps(plan.num_inference_steps)
+    levels: int = scheduler.config.num_train_timesteps
+    skipped = plan.num_inference_steps - int(plan.num_inference_steps * plan.strength)
+    timesteps = [float(t) for t in scheduler.timesteps[skipped * scheduler.order :]]
+    # diffusers: the base model makes the steps at or above the cutoff, the refiner those below.
+    cutoff = min(round(levels * (1 - plan.refine.high_noise_frac)), math.floor(timesteps[0]))
+    if not any(t < cutoff for t in timesteps):
+        print("refine has no effect: the base model's steps leave none for the refiner")
+        return None
+    return 1 - cutoff / levels
+
+
+def refine(
+    pipeline: DiffusionPipeline,
+    plan: GenerationPlan,
+    embeddings: PromptEmbeddings,
+    generators: Generators,
+    latents: torch.Tensor,
+    start: Start,
+) -> torch.Tensor:
+    """Latents (N, 4, H/8, W/8) of the base model to refined ones; outside a mask the source's."""
+    assert plan.refine is not None
+    if plan.refine.style is Refine.EXPERT_ENSEMBLE:
+        if start.denoising_end is None:
+            return latents
+        steps, strength = plan.num_inference_steps, 1.0  # not read beside denoising_start
+    else:
+        steps, strength = plan.refine.num_inference_steps, BASE_IMAGE_STRENGTH
+    source = None
+    if start.latents is not None and start.change is not None:
+        # All that the base has repainted, its grey parts too, is the refiner's from the start.
+        touched = (start.change > 0).to(start.change)
+        source = Source(start.latents, touched, noise_to_come(generators, latents), None)
+    refined: torch.Tensor = pipeline(
+        prompt_embeds=embeddings.prompt_embeds,
+        pooled_prompt_embeds=embeddings.pooled_prompt_embeds,
+        negative_prompt_embeds=embeddings.negative_prompt_embeds,
+        negative_pooled_prompt_embeds=embeddings.negative_pooled_prompt_embeds,
+        image=latents,
+        num_images_per_prompt=len(plan.seeds),
+        num_inference_steps=steps,
+        strength=strength,
+        denoising_start=start.denoising_end,
+        guidance_scale=plan.guidance_scale,
+        generator=generators,
+        callback_on_step_end=source.keep_outside if source else None,
+        output_type="latent",
+        return_dict=False,
+    )[0]
+    return refined

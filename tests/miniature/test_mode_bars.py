@@ -1,0 +1,78 @@
+"""The modes keep their bars; `python -m tests.miniature.mode_bars` prints the figures."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from generation.schedulers import SCHEDULERS
+from tests.miniature import mode_bars
+from tests.miniature.mode_bars import BLUR, SEAM_RATIO, Bench, cases, gradient, seam_band
+
+
+@pytest.fixture(scope="module")
+def bench(engine, tmp_path_factory) -> Bench:
+    return Bench(engine, tmp_path_factory.mktemp("bench"))
+
+
+def _grows(values):
+    return all(a < b for a, b in itertools.pairwise(values))
+
+
+def test_image_to_image_goes_from_the_source_to_the_prompt(bench):
+    seen = mode_bars.image_to_image(bench)
+    assert _grows(seen.distances.values())
+    assert seen.background_kept[0.45] >= mode_bars.BACKGROUND_KEPT
+    assert seen.followed[0.95] >= mode_bars.PROMPT_FOLLOWED
+
+
+def test_few_steps_at_low_strength_never_fail(bench):
+    grid = mode_bars.few_steps(bench)
+    assert Counter(g.scheduler for g in grid).keys() == SCHEDULERS.keys()
+    assert [g for g in grid if g.forwards < 1 or not g.finite] == []
+    assert {g.size for g in grid} == {mode_bars.GRID_SIZE}
+
+
+def test_inpainting_shows_the_prompt_and_no_seam(bench):
+    seen = mode_bars.inpainting(bench)
+    assert seen.changed_outside == 0
+    assert seen.repainted >= mode_bars.REPAINTED
+    assert seen.mean_seam_ratio() <= SEAM_RATIO
+    assert seen.seam_ratio("plain") <= SEAM_RATIO
+
+
+def test_a_seam_would_be_seen():
+    case = next(case for case in cases() if case.scene.texture == "plain")
+    source, mask = case.source(), case.mask()
+    feather = mode_bars.canvas.feather(np.asarray(mask), BLUR)[..., None] / 255
+    pixels = np.asarray(source, dtype=float)
+    darker = mode_bars.Image.fromarray((pixels - 12 * feather).clip(0, 255).astype(np.uint8))
+    band = seam_band(mask, BLUR)
+    assert gradient(darker)[band].mean() > 2 * SEAM_RATIO * gradient(source)[band].mean()
+
+
+def test_inpainting_at_odd_sizes_changes_the_mask_only(bench):
+    for seen in mode_bars.odd_sizes(bench):
+        assert seen.changed_outside == 0, seen
+        assert seen.changed_inside > 20, seen
+
+
+def test_what_is_under_the_mask_matters_only_below_full_strength(bench):
+    rows = mode_bars.hidden_content(bench)
+    assert [row for row in rows if row.strength == 1 and row.different] == []
+    assert [row for row in rows if row.strength < 1 and not row.different] == []
+
+
+def test_lighter_masks_change_more(bench):
+    assert _grows(mode_bars.soft_inpainting(bench).values())
+
+
+@pytest.mark.parametrize(
+    "measure", [mode_bars.outpainting, mode_bars.outpainting_in_two_passes], ids=["one", "two"]
+)
+def test_outpainting_continues_the_picture(bench, measure):
+    seen = measure(bench)
+    assert seen.changed_inside == 0
+    assert seen.background_kept == 1
+    assert seen.mean_step() <= mode_bars.OUTPAINT_STEP

@@ -1,0 +1,55 @@
+"""Every odd and broken picture file, sent to the server as a user would."""
+
+import pytest
+
+from tests.image_corpus import corpus
+from tests.server.conftest import picture
+
+CORPUS = {sample.name: sample for sample in corpus()}
+GOOD = [name for name, sample in CORPUS.items() if sample.error is None]
+BAD = [name for name, sample in CORPUS.items() if sample.error is not None]
+PLAIN = {"prompt": "a red circle on a blue background", "num_inference_steps": 2, "seed": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unharmed(server):
+    """After all of it the server is healthy and makes the same picture as before, to the byte."""
+    before = server.predict(**PLAIN)
+    worker = server.worker().pid
+    yield
+    assert server.health()["status"] == "READY"
+    assert server.worker().pid == worker
+    after = server.predict(**PLAIN)
+    assert before["status"] == after["status"] == "succeeded"
+    assert after["output"] == before["output"]
+
+
+def send(server, image: str) -> dict:
+    return server.predict(**PLAIN, prompt_strength=0.5, image=image)
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_good_file_becomes_a_picture(server, name):
+    result = send(server, CORPUS[name].data_uri)
+    assert result["status"] == "succeeded", result["error"]
+    (uri,) = result["output"]
+    assert picture(uri).getextrema() != ((0, 0),) * 3
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_refused_with_its_reason(server, name):
+    result = send(server, CORPUS[name].data_uri)
+    assert result["status"] == "failed"
+    assert "InvalidRequest: image " in result["error"]
+    assert CORPUS[name].error in result["error"]
+    assert str(server.temporary) not in result["error"]
+
+
+@pytest.mark.parametrize("address", ["/etc/passwd", "file:///etc/passwd", "../predict.py"])
+@pytest.mark.parametrize("name", ["image", "mask"])
+def test_a_file_of_the_server_is_not_read(server, name, address):
+    inputs = {"image": CORPUS["png"].data_uri, name: address}
+    result = server.predict(**PLAIN, **inputs)
+    assert result["status"] == "failed"
+    assert "must be a URL or a data URI" in result["error"]
+    assert "root:" not in result["error"] + result["logs"]
