@@ -97,8 +97,8 @@ _FULL: dict[str, CatalogEntry] = {
         licence=RAIL_PLUS_PLUS_M,
         commercial_use=True,
     ),
-    # Without text_encoder_2 and VAE: the base's serve both (so do diffusers' SDXL documentation and
-    # cog-sdxl's predict.py), which saves 1.4 GB.
+    # Without text_encoder_2, its tokenizer and VAE: the base's are the same (so do diffusers' SDXL
+    # documentation and cog-sdxl's predict.py), which saves 1.4 GB.
     "sdxl-refiner": CatalogEntry(
         name="sdxl-refiner",
         source=HubFiles(
@@ -107,14 +107,10 @@ _FULL: dict[str, CatalogEntry] = {
             files=(
                 "model_index.json",
                 "scheduler/scheduler_config.json",
-                "tokenizer_2/merges.txt",
-                "tokenizer_2/special_tokens_map.json",
-                "tokenizer_2/tokenizer_config.json",
-                "tokenizer_2/vocab.json",
                 "unet/config.json",
                 "unet/diffusion_pytorch_model.fp16.safetensors",
             ),
-            size_bytes=4_520_800_000,
+            size_bytes=4_519_200_000,
         ),
         licence=RAIL_PLUS_PLUS_M,
         commercial_use=True,
@@ -137,6 +133,12 @@ _MINIATURE: dict[str, CatalogEntry] = {
     "sdxl-base": CatalogEntry(
         name="sdxl-base",
         source=PackagedFiles(folder="sdxl-base"),
+        licence="Apache-2.0",
+        commercial_use=True,
+    ),
+    "sdxl-refiner": CatalogEntry(
+        name="sdxl-refiner",
+        source=PackagedFiles(folder="sdxl-refiner"),
         licence="Apache-2.0",
         commercial_use=True,
     ),

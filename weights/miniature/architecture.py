@@ -98,6 +98,36 @@ def build_unet() -> UNet2DConditionModel:
     )
 
 
+def build_refiner_unet() -> UNet2DConditionModel:
+    """SDXL's refiner: hears only the second text encoder, told an aesthetic score.
+
+    Four levels with attention in the middle two, as the real one. Five time ids, not the base's
+    six: original height and width, crop top and left, aesthetic score.
+    """
+    return UNet2DConditionModel(
+        sample_size=NATIVE_SIZE // 8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=(
+            "DownBlock2D",
+            "CrossAttnDownBlock2D",
+            "CrossAttnDownBlock2D",
+            "DownBlock2D",
+        ),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(48, 64, 48, 48),  # widest where the outline is drawn, at 16x16 and 8x8
+        layers_per_block=1,
+        transformer_layers_per_block=1,
+        attention_head_dim=(3, 4, 3, 3),
+        norm_num_groups=8,
+        cross_attention_dim=TEXT_WIDTH,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=32,
+        projection_class_embeddings_input_dim=5 * 32 + TEXT_WIDTH,
+    )
+
+
 def _text_config(vocabulary: int, activation: str) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=vocabulary,

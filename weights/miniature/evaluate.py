@@ -42,7 +42,7 @@ def load_pipeline(folder: Path) -> StableDiffusionXLPipeline:
 
 def judge_captions(pipeline: DiffusionPipeline, captions: list[HeldOutCaption]) -> list[Row]:
     """One picture per caption: K_EULER, 20 steps, guidance 7.5, the caption's index as its seed."""
-    rows = []
+    rows: list[Row] = []
     for start in range(0, len(captions), 8):
         batch = captions[start : start + 8]
         generators = [torch.Generator("cpu").manual_seed(start + i) for i in range(len(batch))]
@@ -53,11 +53,14 @@ def judge_captions(pipeline: DiffusionPipeline, captions: list[HeldOutCaption]) 
             guidance_scale=GUIDANCE,
             generator=generators,
         ).images
-        for caption, picture in zip(batch, pictures, strict=True):
-            verdict = judge(picture, caption.expected)
-            right = {name: getattr(verdict, name) for name in (*ATTRIBUTES, "size")}
-            rows.append(Row(caption, picture, read_picture(picture), right))
+        rows += [row_of(c, picture) for c, picture in zip(batch, pictures, strict=True)]
     return rows
+
+
+def row_of(caption: HeldOutCaption, picture: Image.Image) -> Row:
+    verdict = judge(picture, caption.expected)
+    right = {name: getattr(verdict, name) for name in (*ATTRIBUTES, "size")}
+    return Row(caption, picture, read_picture(picture), right)
 
 
 def shares(rows: list[Row]) -> dict[str, float]:

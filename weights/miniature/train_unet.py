@@ -2,7 +2,7 @@
 
 Needs the trained `vae/` in the folder. Latents are cached once, captions are worded anew each
 step, both text encoders learn along with the UNet. v-prediction with equal weights
-(arXiv:2202.00512), 11 % of captions dropped for guidance, an exponential moving average of the
+(arXiv:2202.00512), captions dropped for guidance, an exponential moving average of the
 weights. About an hour on two CPU cores, minutes on a GPU. `--start-from` continues from a folder.
 """
 
@@ -10,13 +10,15 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -34,6 +36,11 @@ from weights.miniature.world import Scene, render
 
 # (width, height) in pixels and the share of pictures: mostly native, some of equal area.
 BUCKETS = (((128, 128), 0.76), ((160, 104), 0.12), ((104, 160), 0.12))
+
+EMPTY_UNTIL = 700  # timestep
+
+Draw = Callable[[Scene, int, int], Image.Image]  # scene, width and height in pixels
+Model = TypeVar("Model", bound=nn.Module)
 
 MODEL_INDEX = {
     "_class_name": "StableDiffusionXLPipeline",
@@ -55,10 +62,12 @@ class UnetRecipe:
     batch: int = 32
     learning_rate: float = 1e-3
     pictures: int = 20000
-    empty_captions: float = 0.06  # share of captions replaced by ""
+    empty_captions: float = 0.06  # share of captions replaced by "", at the least
+    empty_captions_without_noise: float = 0.6  # falls to none at EMPTY_UNTIL, see `drop_captions`
     zeroed_captions: float = (
         0.05  # share of embeddings replaced by zeros, as SDXL's own training does
     )
+    shape_weight: float = 4.0  # of the loss where the shape is; see `shape_weights`
     ema_decay: float = 0.998
     checkpoint_every: int = 1000
     seed: int = 0
@@ -102,15 +111,24 @@ class Bucket:
     latents: Tensor  # (N, 4, height/8, width/8), scaled means
 
 
+@dataclass(frozen=True)
+class Batch:
+    size: tuple[int, int]  # (width, height) in pixels
+    scenes: list[Scene]
+    clean: Tensor  # (B, 4, height/8, width/8)
+    texts: list[str]
+    keep: Tensor  # (B,), 0 where the embeddings are to be zeroed
+
+
 @torch.no_grad()
-def cache_latents(vae: AutoencoderKL, recipe: UnetRecipe) -> list[Bucket]:
+def cache_latents(vae: AutoencoderKL, recipe: UnetRecipe, draw: Draw) -> list[Bucket]:
     rng = np.random.default_rng(recipe.seed + 1)
     buckets = []
     for size, share in BUCKETS:
         scenes = [training_scene(rng) for _ in range(round(recipe.pictures * share))]
         latents = []
         for start in range(0, len(scenes), 64):
-            pixels = np.stack([np.asarray(render(s, *size)) for s in scenes[start : start + 64]])
+            pixels = np.stack([np.asarray(draw(s, *size)) for s in scenes[start : start + 64]])
             batch = to_unit(torch.from_numpy(pixels).permute(0, 3, 1, 2)).to(vae.device)
             latents.append(vae.encode(batch).latent_dist.mean * vae.config.scaling_factor)
         buckets.append(Bucket(size, scenes, torch.cat(latents)))
@@ -118,63 +136,86 @@ def cache_latents(vae: AutoencoderKL, recipe: UnetRecipe) -> list[Bucket]:
     return buckets
 
 
-def _tokens(
-    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer], texts: list[str]
-) -> tuple[Tensor, Tensor]:
-    first, second = (
-        t(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
-        for t in tokenizers
+def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """(B, 77) ids, padded and cut as the pipelines do it."""
+    batch = tokenizer(
+        texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
     )
-    return first.input_ids, second.input_ids
+    ids: Tensor = batch.input_ids
+    return ids
 
 
-def _batches(
+def draw_batches(
     buckets: list[Bucket], recipe: UnetRecipe, rng: np.random.Generator
-) -> Iterator[tuple[Bucket, Tensor, list[str], Tensor]]:
-    """Endless (bucket, latents, captions, keep), some captions dropped as the recipe says."""
+) -> Iterator[Batch]:
+    """Endless batches, each caption worded anew."""
     shares = [share for _, share in BUCKETS]
     while True:
         bucket = buckets[int(rng.choice(len(buckets), p=shares))]
         chosen = rng.integers(len(bucket.scenes), size=recipe.batch)
-        texts = [
-            "" if rng.random() < recipe.empty_captions else describe(bucket.scenes[i], rng)
-            for i in chosen
-        ]
+        scenes = [bucket.scenes[i] for i in chosen]
+        texts = [describe(scene, rng) for scene in scenes]
         keep = torch.from_numpy(rng.random(recipe.batch) >= recipe.zeroed_captions).float()
         clean = bucket.latents[torch.from_numpy(chosen).to(bucket.latents.device)]
-        yield bucket, clean + LATENT_NOISE * torch.randn_like(clean), texts, keep
+        clean = clean + LATENT_NOISE * torch.randn_like(clean)
+        yield Batch(bucket.size, scenes, clean, texts, keep)
 
 
-def train(model: TextToNoise, out: Path, recipe: UnetRecipe, device: torch.device) -> TextToNoise:
-    """Train in place and return the averaged copy; it is also written to `out` every so often."""
-    torch.manual_seed(recipe.seed)
-    rng = np.random.default_rng(recipe.seed)
-    tokenizers = load_tokenizers(out)
-    vae = AutoencoderKL.from_pretrained(out / "vae", variant="fp16", dtype=torch.float32)
-    buckets = cache_latents(vae.to(device), recipe)
-    noising = DDPMScheduler.from_config(SCHEDULER_CONFIG)
-    model.to(device).train()
+def drop_captions(
+    texts: list[str], timesteps: Tensor, recipe: UnetRecipe, rng: np.random.Generator
+) -> list[str]:
+    """Replace captions by "", the less noise the more.
+
+    Once a shape shows through the noise, a model needs no caption to draw it. Where it has
+    practised that too little, its unguided half is blurred and guidance overdraws what the two
+    halves differ in: stars grow thin, squares hollow. docs/log.md has the measurement.
+    """
+    shares = [
+        max(recipe.empty_captions, recipe.empty_captions_without_noise * (1 - t / EMPTY_UNTIL))
+        for t in timesteps.tolist()
+    ]
+    return ["" if rng.random() < share else text for text, share in zip(texts, shares, strict=True)]
+
+
+def shape_weights(batch: Batch, weight: float) -> Tensor:
+    """(B, 1, height/8, width/8) with mean 1: a cell near the shape counts `weight` times another.
+
+    A texture cannot be foreseen and makes most of the error; a shape's outline can and makes
+    little of it.
+    """
+    height, width = batch.clean.shape[-2:]
+    ys, xs = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    side = min(height, width)
+    weights = []
+    for scene in batch.scenes:
+        dx, dy = xs + 0.5 - scene.x * width, ys + 0.5 - scene.y * height
+        near = torch.maximum(dx.abs(), dy.abs()) <= scene.radius * side + 1.0
+        cells = torch.where(near, weight, 1.0)
+        weights.append(cells / cells.mean())
+    return torch.stack(weights)[:, None].to(batch.clean.device)
+
+
+def fit(
+    model: Model,
+    recipe: UnetRecipe,
+    loss_of: Callable[[Model], Tensor],
+    checkpoint: Callable[[Model], None],
+) -> Model:
+    """Train in place on `loss_of`, which draws its own batch, and return the averaged copy.
+
+    The copy also goes to `checkpoint` every so often.
+    """
+    model.train()
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.learning_rate, total_steps=recipe.steps, pct_start=0.08
     )
-    batches, recent, started = _batches(buckets, recipe, rng), [], time.monotonic()
+    recent, started = [], time.monotonic()
     for step in range(1, recipe.steps + 1):
-        bucket, clean, texts, keep = next(batches)
-        width, height = bucket.size
-        ids = _tokens(tokenizers, texts)
-        time_ids = (
-            torch.tensor([[height, width, 0, 0, height, width]]).repeat(recipe.batch, 1).float()
-        )
-        timesteps = _timesteps(recipe.batch).to(device)
-        noise = torch.randn_like(clean)
-        noisy = noising.add_noise(clean, noise, timesteps)
-        text = (ids[0].to(device), ids[1].to(device))
-        predicted = model(noisy, timesteps, text, keep.to(device), time_ids.to(device))
-        loss = (predicted - noising.get_velocity(clean, noise, timesteps)).square().mean()
+        loss = loss_of(model)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -185,8 +226,35 @@ def train(model: TextToNoise, out: Path, recipe: UnetRecipe, device: torch.devic
             print(f"step {step} loss {mean:.4f} {time.monotonic() - started:.0f} s", flush=True)
             recent = []
         if step % recipe.checkpoint_every == 0 or step == recipe.steps:
-            save(average, out)
+            checkpoint(average)
     return average
+
+
+def train(model: TextToNoise, out: Path, recipe: UnetRecipe, device: torch.device) -> TextToNoise:
+    """Train in place and return the averaged copy; it is also written to `out` every so often."""
+    torch.manual_seed(recipe.seed)
+    rng = np.random.default_rng(recipe.seed)
+    tokenizers = load_tokenizers(out)
+    vae = AutoencoderKL.from_pretrained(out / "vae", variant="fp16", dtype=torch.float32)
+    batches = draw_batches(cache_latents(vae.to(device), recipe, render), recipe, rng)
+    noising = DDPMScheduler.from_config(SCHEDULER_CONFIG)
+
+    def loss_of(model: TextToNoise) -> Tensor:
+        batch = next(batches)
+        width, height = batch.size
+        time_ids = torch.tensor([[height, width, 0, 0, height, width]]).repeat(recipe.batch, 1)
+        timesteps = _timesteps(recipe.batch).to(device)
+        noise = torch.randn_like(batch.clean)
+        noisy = noising.add_noise(batch.clean, noise, timesteps)
+        texts = drop_captions(batch.texts, timesteps, recipe, rng)
+        first, second = (tokens(t, texts).to(device) for t in tokenizers)
+        ids, keep = (first, second), batch.keep.to(device)
+        predicted: Tensor = model(noisy, timesteps, ids, keep, time_ids.float().to(device))
+        wanted: Tensor = noising.get_velocity(batch.clean, noise, timesteps)
+        weights = shape_weights(batch, recipe.shape_weight)
+        return ((predicted - wanted).square() * weights).mean()
+
+    return fit(model.to(device), recipe, loss_of, lambda average: save(average, out))
 
 
 def _timesteps(count: int) -> Tensor:
@@ -203,14 +271,19 @@ def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 def save(model: TextToNoise, out: Path) -> None:
     """Write everything but the VAE and the tokenizers in the hub's layout, as fp16 safetensors."""
     half = copy.deepcopy(model).half()
+    half.unet.register_to_config(_name_or_path="")  # else it names the folder it started from
     half.unet.save_pretrained(out / "unet", variant="fp16")
     half.text_encoder.save_pretrained(out / "text_encoder", variant="fp16")
     half.text_encoder_2.save_pretrained(out / "text_encoder_2", variant="fp16")
+    write_scheduler(out)
+    (out / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
+
+
+def write_scheduler(out: Path) -> None:
     (out / "scheduler").mkdir(exist_ok=True)
     (out / "scheduler" / "scheduler_config.json").write_text(
         json.dumps(SCHEDULER_CONFIG, indent=2) + "\n"
     )
-    (out / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
 
 
 def load(folder: Path) -> TextToNoise:
@@ -238,6 +311,9 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
     parser.add_argument("--pictures", type=int, default=defaults.pictures)
     parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument(
+        "--keep-text-encoders", action="store_true", help="train the UNet alone: others share them"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     recipe = UnetRecipe(
@@ -249,6 +325,9 @@ def main() -> None:
     print(json.dumps(asdict(recipe)), flush=True)
     start = arguments.start_from
     model = load(start) if start else _fresh(arguments.out, recipe.seed)
+    if arguments.keep_text_encoders:
+        model.text_encoder.requires_grad_(False)
+        model.text_encoder_2.requires_grad_(False)
     train(model, arguments.out, recipe, torch.device(arguments.device))
 
 

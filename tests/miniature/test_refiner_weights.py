@@ -1,0 +1,28 @@
+"""The miniature refiner's pictures are about as clean as the base's, and show the same."""
+
+import pytest
+
+from weights.miniature.evaluate import FOLDER
+from weights.miniature.evaluate_refiner import REFINER_FOLDER, STYLES, Score, score_styles
+
+CAPTIONS = 16
+
+# What the committed weights lose at most, in dB; the bar is nothing, see docs/miniature.md.
+FLOORS = {"expert ensemble": 0.3, "base image": 1.1}
+
+
+@pytest.fixture(scope="module")
+def scores() -> dict[str, Score]:
+    return score_styles(FOLDER, REFINER_FOLDER, CAPTIONS)
+
+
+@pytest.mark.parametrize("style", STYLES[1:])
+def test_refined_pictures_are_about_as_clean_as_the_bases(scores, style):
+    assert scores[style].mean_psnr >= scores["base alone"].mean_psnr - FLOORS[style]
+
+
+@pytest.mark.parametrize("style", STYLES[1:])
+def test_refining_changes_every_picture_but_not_its_background(scores, style):
+    for before, after in zip(scores["base alone"].rows, scores[style].rows, strict=True):
+        assert before.picture.tobytes() != after.picture.tobytes()
+        assert before.seen.background == after.seen.background
