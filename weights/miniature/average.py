@@ -29,7 +29,8 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs=2, help="trained model folders")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    average(*arguments.folders, arguments.out)
+    first, second = arguments.folders
+    average(first, second, arguments.out)
 
 
 if __name__ == "__main__":
