@@ -1,14 +1,12 @@
-"""The miniature refiner's pictures are about as clean as the base's, and show the same."""
+"""The miniature refiner's pictures are no worse than the base's, and show the same."""
 
 import pytest
 
 from weights.miniature.evaluate import FOLDER
 from weights.miniature.evaluate_refiner import REFINER_FOLDER, STYLES, Score, score_styles
 
-CAPTIONS = 16
-
-# What the committed weights lose at most, in dB; the bar is nothing, see docs/miniature.md.
-FLOORS = {"expert ensemble": 0.2, "base image": 0.5}
+CAPTIONS = 32
+TOLERANCE = 0.1  # dB, for kernels that sum in another order
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +15,8 @@ def scores() -> dict[str, Score]:
 
 
 @pytest.mark.parametrize("style", STYLES[1:])
-def test_refined_pictures_are_about_as_clean_as_the_bases(scores, style):
-    assert scores[style].mean_psnr >= scores["base alone"].mean_psnr - FLOORS[style]
+def test_refined_pictures_are_no_worse_than_the_bases(scores, style):
+    assert scores[style].mean_psnr >= scores["base alone"].mean_psnr - TOLERANCE
 
 
 @pytest.mark.parametrize("style", STYLES[1:])
