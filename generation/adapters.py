@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from weights.trained import LoraDelta, Pooling, TokenVectors, TrainedWeights
+from weights.trained_types import TEXT_ENCODERS, UNET
 
-_MODULES = ("unet", "text_encoder", "text_encoder_2")
 _TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
@@ -70,7 +70,7 @@ class AdapterSlot:
         self._parts = parts
         self._parameters = {
             f"{part}.{name}": parameter
-            for part in _MODULES
+            for part in (UNET, *TEXT_ENCODERS)
             if isinstance(module := parts.get(part), nn.Module)
             for name, parameter in module.named_parameters()
         }
@@ -97,7 +97,7 @@ class AdapterSlot:
 
     def _merge(self, adapter: Adapter) -> None:
         for name, value in adapter.weights.unet.items():
-            self._write(f"unet.{name}", value)
+            self._write(f"{UNET}.{name}", value)
         if adapter.scale == 0:
             return
         for module, delta in adapter.weights.lora.items():

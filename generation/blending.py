@@ -47,27 +47,36 @@ def fill(pixels: Pixels, weight: NDArray[np.float32]) -> Pixels:
     over ever larger cells, each level filling the gaps of the finer one. Where no weight is
     anywhere, 0.
     """
-    height, width = weight.shape
-    if min(height, width) == 1 and max(height, width) == 1:
+    if weight.size == 1:
         return pixels * (weight > 0)[..., None]
-    pad = ((0, height % 2), (0, width % 2))
-    weighted = np.pad(pixels * weight[..., None], (*pad, (0, 0)))
-    total = np.pad(weight, pad)
-    blocks = (total.shape[0] // 2, 2, total.shape[1] // 2, 2)
-    coarse_weight = total.reshape(blocks).sum(axis=(1, 3))
-    coarse = weighted.reshape(*blocks, -1).sum(axis=(1, 3))
-    coarse = coarse / np.maximum(coarse_weight, 1e-6)[..., None]
-    coarse = fill(coarse.astype(np.float32), np.minimum(coarse_weight, 1).astype(np.float32))
-    size = (total.shape[1], total.shape[0])
-    channels = [
-        Image.fromarray(np.ascontiguousarray(coarse[..., c])).resize(
-            size, Image.Resampling.BILINEAR
-        )
-        for c in range(coarse.shape[-1])
-    ]
-    smooth = np.stack([np.asarray(c) for c in channels], axis=-1)[:height, :width]
+    coarse, total = _cell_means(pixels, weight, 2)
+    coarse = fill(coarse, np.minimum(total, 1))
+    smooth = _spread(coarse, weight.shape, 2, Image.Resampling.BILINEAR)
     filled: Pixels = weight[..., None] * pixels + (1 - weight[..., None]) * smooth
     return filled
+
+
+def _cell_means(
+    pixels: Pixels, weight: NDArray[np.float32], side: int
+) -> tuple[Pixels, NDArray[np.float32]]:
+    """Weighted means of cells of `side` x `side` pixels, and each cell's sum of weights."""
+    pad = [(0, -length % side) for length in weight.shape]
+    weighted = np.pad(pixels * weight[..., None], (*pad, (0, 0)))
+    padded = np.pad(weight, pad)
+    cells = (padded.shape[0] // side, side, padded.shape[1] // side, side)
+    total = padded.reshape(cells).sum(axis=(1, 3))
+    means = weighted.reshape(*cells, -1).sum(axis=(1, 3)) / np.maximum(total, 1e-6)[..., None]
+    return means.astype(np.float32), total.astype(np.float32)
+
+
+def _spread(cells: Pixels, shape: tuple[int, ...], side: int, smooth: Image.Resampling) -> Pixels:
+    """One value per cell of `side` x `side` pixels to one per pixel of `shape` (H, W)."""
+    size = (cells.shape[1] * side, cells.shape[0] * side)
+    channels = [
+        np.asarray(Image.fromarray(np.ascontiguousarray(cells[..., c])).resize(size, smooth))
+        for c in range(cells.shape[-1])
+    ]
+    return np.stack(channels, axis=-1)[: shape[0], : shape[1]]
 
 
 def tone_offset(difference: Pixels, blend: Mask) -> Pixels:
@@ -83,25 +92,9 @@ def tone_offset(difference: Pixels, blend: Mask) -> Pixels:
     overlap = overlap * np.exp(-np.square(np.abs(difference).max(axis=-1) / MAX_TONE_OFFSET))
     if not (overlap > 0.01).any():
         return np.zeros_like(difference)
-    height, width = blend.shape
-    pad = ((0, -height % TONE_CELL), (0, -width % TONE_CELL))
-    weighted = np.pad(difference * overlap[..., None], (*pad, (0, 0)))
-    weight = np.pad(overlap, pad)
-    cells = (weight.shape[0] // TONE_CELL, TONE_CELL, weight.shape[1] // TONE_CELL, TONE_CELL)
-    total = weight.reshape(cells).sum(axis=(1, 3))
-    mean = weighted.reshape(*cells, 3).sum(axis=(1, 3)) / np.maximum(total, 1e-6)[..., None]
-    known = np.minimum(total / TONE_CELL, 1).astype(np.float32)
-    field = fill(mean.astype(np.float32), known).clip(-MAX_TONE_OFFSET, MAX_TONE_OFFSET)
-    size = (weight.shape[1], weight.shape[0])
-    channels = [
-        np.asarray(
-            Image.fromarray(np.ascontiguousarray(field[..., c])).resize(
-                size, Image.Resampling.BICUBIC
-            )
-        )
-        for c in range(3)
-    ]
-    return np.stack(channels, axis=-1)[:height, :width].astype(np.float32)
+    means, total = _cell_means(difference, overlap, TONE_CELL)
+    field = fill(means, np.minimum(total / TONE_CELL, 1)).clip(-MAX_TONE_OFFSET, MAX_TONE_OFFSET)
+    return _spread(field, blend.shape, TONE_CELL, Image.Resampling.BICUBIC)
 
 
 def used_box(mask: Mask) -> tuple[int, int, int, int]:

@@ -44,16 +44,7 @@ FILL_PIXELS = 4_000_000
 
 def cover_crop(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Scale the picture until it covers `size` (width, height), then cut what hangs over."""
-    width, height = size
-    scale = max(width / picture.width, height / picture.height)
-    # The part of the picture that will be seen, in its own pixels; the same margin on both sides.
-    seen_width, seen_height = width / scale, height / scale
-    left, top = (picture.width - seen_width) / 2, (picture.height - seen_height) / 2
-    if size == picture.size:
-        return picture
-    box = (max(left, 0), max(top, 0), left + seen_width, top + seen_height)
-    box = (*box[:2], min(box[2], picture.width), min(box[3], picture.height))
-    return picture.resize(size, _smooth(picture), box=box)
+    return ImageOps.fit(picture, size, _smooth(picture))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from weights.catalog import Edition
 from weights.edition import Device
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
     from PIL import Image
 
 
@@ -109,15 +109,24 @@ def _repaint_once(painter: _Painter, pictures: list[Image.Image], mask: Mask) ->
 
 
 @dataclass(frozen=True)
+class _Refiner:
+    """The refiner's pipeline and how it reads the prompts."""
+
+    pipeline: DiffusionPipeline
+    embeddings: prompts.PromptEmbeddings
+
+
+@dataclass(frozen=True)
 class _Painter:
     """What stays the same over the passes of one request."""
 
-    store: PipelineStore
     spec: BaseModelSpec
     plan: GenerationPlan
     stages: _Stages
+    pipeline: StableDiffusionXLPipeline
     embeddings: prompts.PromptEmbeddings
-    refiner_embeddings: prompts.PromptEmbeddings | None
+    refiner: _Refiner | None
+    denoising_end: float | None  # where an expert ensemble's refiner takes over
     # Each picture's noise comes from a generator of its own on the CPU: its seed alone decides it,
     # whatever the device and its place in the batch.
     generators: list[torch.Generator]
@@ -129,20 +138,19 @@ class _Painter:
         """Load what the plan needs and read its prompts."""
         with stages.time("load"):
             pipeline = store.pipeline(spec, plan.mode, plan.scheduler)
-            refiner = store.refiner_pipeline(spec, plan.scheduler) if plan.refine else None
+            second = store.refiner_pipeline(spec, plan.scheduler) if plan.refine else None
         with stages.time("text"):
             embeddings = prompts.encode(pipeline, plan)
-            refiner_embeddings = prompts.encode(refiner, plan) if refiner else None
+            refiner = _Refiner(second, prompts.encode(second, plan)) if second else None
+        end = refine.handover(plan, store.load(spec).scheduler_config)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in plan.seeds]
-        return cls(store, spec, plan, stages, embeddings, refiner_embeddings, generators)
+        return cls(spec, plan, stages, pipeline, embeddings, refiner, end, generators)
 
     def paint(
         self, size: tuple[int, int], images: list[Image.Image], change: Mask | None
     ) -> list[Image.Image]:
         """One pass: pictures of `size`, from noise or from `images` (one for all, or one each)."""
-        plan = self.plan
-        pipeline = self.store.pipeline(self.spec, plan.mode, plan.scheduler)
-        config = self.store.load(self.spec).scheduler_config
+        plan, pipeline = self.plan, self.pipeline
         latents = cells = None
         if images:
             with self.stages.time("encode"):
@@ -150,16 +158,14 @@ class _Painter:
         if change is not None and latents is not None:
             cells = modes.to_cells(change).to(latents)
             latents = modes.masked_content(plan, latents, cells, self.generators)
-        start = modes.Start(size, latents, cells, refine.handover(plan, config))
+        start = modes.Start(size, latents, cells, self.denoising_end)
         with self.stages.time("denoise"):
             arguments = modes.ARGUMENTS[plan.mode](plan, self.embeddings, self.generators, start)
             latents = pipeline(**arguments, output_type="latent", return_dict=False)[0]
-        if self.refiner_embeddings is not None:
-            refiner = self.store.refiner_pipeline(self.spec, plan.scheduler)
+        if self.refiner is not None:
+            second, embeddings = self.refiner.pipeline, self.refiner.embeddings
             with self.stages.time("refine"):
-                latents = refine.refine(
-                    refiner, plan, self.refiner_embeddings, self.generators, latents, start
-                )
+                latents = refine.refine(second, plan, embeddings, self.generators, latents, start)
         with self.stages.time("decode"):
             return _decode(pipeline, latents)
 

@@ -38,7 +38,7 @@ def txt2img(
 ) -> dict[str, Any]:
     """From noise alone."""
     width, height = start.size
-    return {**_common(plan, embeddings, generators, start), "width": width, "height": height}
+    return {**_base(plan, embeddings, generators, start), "width": width, "height": height}
 
 
 def img2img(
@@ -46,7 +46,7 @@ def img2img(
 ) -> dict[str, Any]:
     """From an image under noise (SDEdit, arXiv:2108.01073)."""
     return {
-        **_common(plan, embeddings, generators, start),
+        **_base(plan, embeddings, generators, start),
         "image": start.latents,
         "strength": plan.strength,
     }
@@ -58,14 +58,13 @@ def inpaint(
     """As img2img where the mask lets it; elsewhere the image's own noised latents are put back."""
     assert start.latents is not None
     assert start.change is not None
-    skipped = plan.num_inference_steps - int(plan.num_inference_steps * plan.strength)
     noise = noise_to_come(generators, start.latents)
-    source = Source(start.latents, start.change, noise, skipped)
+    source = Source(start.latents, start.change, noise, plan.skipped_steps)
     # Constant over each latent's 8x8 pixels, because the pipeline looks at one of them.
     mask = functional.interpolate(source.free(0, 1).float(), scale_factor=SIDE_MULTIPLE)
     width, height = start.size
     return {
-        **_common(plan, embeddings, generators, start),
+        **_base(plan, embeddings, generators, start),
         "image": start.latents,
         "mask_image": mask,
         "strength": plan.strength,
@@ -87,19 +86,28 @@ ARGUMENTS: dict[
 }
 
 
-def _common(
+def _base(
     plan: GenerationPlan, embeddings: PromptEmbeddings, generators: Generators, start: Start
 ) -> dict[str, Any]:
+    return {
+        **common_arguments(plan, embeddings, generators),
+        "num_inference_steps": plan.num_inference_steps,
+        "denoising_end": start.denoising_end,
+    }
+
+
+def common_arguments(
+    plan: GenerationPlan, embeddings: PromptEmbeddings, generators: Generators
+) -> dict[str, Any]:
+    """What every pipeline is told, the refiner's too."""
     return {
         "prompt_embeds": embeddings.prompt_embeds,
         "pooled_prompt_embeds": embeddings.pooled_prompt_embeds,
         "negative_prompt_embeds": embeddings.negative_prompt_embeds,
         "negative_pooled_prompt_embeds": embeddings.negative_pooled_prompt_embeds,
         "num_images_per_prompt": len(plan.seeds),
-        "num_inference_steps": plan.num_inference_steps,
         "guidance_scale": plan.guidance_scale,
         "generator": generators,
-        "denoising_end": start.denoising_end,
     }
 
 
@@ -161,13 +169,15 @@ class Source:
 
 def noise_to_come(generators: Generators, latents: torch.Tensor) -> torch.Tensor:
     """The noise (N, 4, h, w) that a pipeline will draw next; the generators do not move."""
+    return _noise([generator.clone_state() for generator in generators], latents)
+
+
+def _noise(generators: Generators, latents: torch.Tensor) -> torch.Tensor:
+    """As diffusers' pipelines draw it for `latents` (N, 4, h, w)."""
     from diffusers.utils.torch_utils import randn_tensor
 
     noise: torch.Tensor = randn_tensor(
-        latents.shape,
-        generator=[generator.clone_state() for generator in generators],
-        device=latents.device,
-        dtype=latents.dtype,
+        latents.shape, generator=generators, device=latents.device, dtype=latents.dtype
     )
     return noise
 
@@ -187,9 +197,4 @@ def masked_content(
     """The source's latents with noise for content where they are repainted, if that was asked."""
     if plan.repaint is None or plan.repaint.masked_content is not MaskedContent.NOISE:
         return latents
-    from diffusers.utils.torch_utils import randn_tensor
-
-    noise = randn_tensor(
-        latents.shape, generator=generators, device=latents.device, dtype=latents.dtype
-    )
-    return torch.where(cells >= 1, noise, latents)
+    return torch.where(cells >= 1, _noise(generators, latents), latents)

@@ -26,9 +26,9 @@ PIPELINE_CLASSES: dict[tuple[Family, Mode], str] = {
     (Family.SDXL, Mode.IMG2IMG): "StableDiffusionXLImg2ImgPipeline",
     (Family.SDXL, Mode.INPAINT): "StableDiffusionXLInpaintPipeline",
     (Family.SDXL, Mode.OUTPAINT): "StableDiffusionXLInpaintPipeline",
+    # Whatever the request's mode: it goes on from latents, and generation/refine.py keeps the mask.
+    (Family.SDXL_REFINER, Mode.IMG2IMG): "StableDiffusionXLImg2ImgPipeline",
 }
-# It always goes on from latents; where a mask holds it back, generation/refine.py does.
-REFINER_PIPELINE_CLASS = "StableDiffusionXLImg2ImgPipeline"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ class PipelineStore:
 
     def refiner_pipeline(self, spec: BaseModelSpec, scheduler: str) -> DiffusionPipeline:
         """The refiner's pipeline for one request, with a scheduler of its own."""
-        return _build(REFINER_PIPELINE_CLASS, self.load_refiner(spec), scheduler)
+        assert spec.refiner is not None
+        pipeline_class = PIPELINE_CLASSES[spec.refiner.family, Mode.IMG2IMG]
+        return _build(pipeline_class, self.load_refiner(spec), scheduler)
 
     def _read(self, spec: BaseModelSpec) -> LoadedModel:
         import diffusers

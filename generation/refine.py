@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from generation.modes import Generators, Source, Start, noise_to_come
+from generation.modes import Generators, Source, Start, common_arguments, noise_to_come
 from generation.prompts import PromptEmbeddings
 from generation.request import BASE_IMAGE_STRENGTH, GenerationPlan, Refine
 from generation.schedulers import build_scheduler
@@ -28,8 +28,8 @@ def handover(plan: GenerationPlan, scheduler_config: Mapping[str, object]) -> fl
     scheduler = build_scheduler(plan.scheduler, scheduler_config)
     scheduler.set_timesteps(plan.num_inference_steps)
     levels: int = scheduler.config.num_train_timesteps
-    skipped = plan.num_inference_steps - int(plan.num_inference_steps * plan.strength)
-    timesteps = [float(t) for t in scheduler.timesteps[skipped * scheduler.order :]]
+    first = plan.skipped_steps * scheduler.order
+    timesteps = [float(t) for t in scheduler.timesteps[first:]]
     # diffusers: the base model makes the steps at or above the cutoff, the refiner those below.
     cutoff = min(round(levels * (1 - plan.refine.high_noise_frac)), math.floor(timesteps[0]))
     if not any(t < cutoff for t in timesteps):
@@ -60,17 +60,11 @@ def refine(
         touched = (start.change > 0).to(start.change)
         source = Source(start.latents, touched, noise_to_come(generators, latents), None)
     refined: torch.Tensor = pipeline(
-        prompt_embeds=embeddings.prompt_embeds,
-        pooled_prompt_embeds=embeddings.pooled_prompt_embeds,
-        negative_prompt_embeds=embeddings.negative_prompt_embeds,
-        negative_pooled_prompt_embeds=embeddings.negative_pooled_prompt_embeds,
+        **common_arguments(plan, embeddings, generators),
         image=latents,
-        num_images_per_prompt=len(plan.seeds),
         num_inference_steps=steps,
         strength=strength,
         denoising_start=start.denoising_end,
-        guidance_scale=plan.guidance_scale,
-        generator=generators,
         callback_on_step_end=source.keep_outside if source else None,
         output_type="latent",
         return_dict=False,

@@ -137,6 +137,11 @@ class GenerationPlan:
         """Whether a second, unconditional pass runs at each step (arXiv:2207.12598)."""
         return self.guidance_scale > 1
 
+    @property
+    def skipped_steps(self) -> int:
+        """Steps of the schedule that an image's strength leaves out, counted as diffusers does."""
+        return self.num_inference_steps - int(self.num_inference_steps * self.strength)
+
 
 def resolve_mode(request: GenerationRequest) -> Mode:
     """Which kind of work the request is: replicate/cog-sdxl's rule, and outpainting.
