@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from huggingface_hub import constants
 
+from tests.background_server import serving
 from weights import lock, retry
 from weights.catalog import CATALOG, CatalogEntry, Edition, HubFiles, UrlFile
 
@@ -244,14 +245,8 @@ def running_hub() -> Iterator[FakeHub]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with serving(server):
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 # --- two catalog entries that live on it, and what a test of them needs ---------------------------

@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from tests.background_server import serving
 from weights import addresses, retry, trained_cache
 
 PUBLIC = "93.184.216.34"
@@ -223,14 +224,8 @@ def running_web(certificate: Path | None) -> Iterator[FakeWeb]:
             server.socket, server_side=True, do_handshake_on_connect=False
         )
     web.port = server.server_address[1]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with serving(server):
         yield web
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLImg2ImgPipeline
 from torch import Tensor
 
+from weights.miniature import command
 from weights.miniature.captions import describe
 from weights.miniature.evaluate import GUIDANCE, STEPS
 from weights.miniature.train_vae import (
@@ -138,23 +139,11 @@ def _crops(
 
 
 def main() -> None:
-    defaults = DecoderRecipe()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="a trained model, changed")
-    parser.add_argument("--steps", type=int, default=defaults.steps)
-    parser.add_argument("--pictures", type=int, default=defaults.pictures)
-    parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
-    recipe = DecoderRecipe(
-        steps=arguments.steps,
-        learning_rate=arguments.learning_rate,
-        pictures=arguments.pictures,
-        seed=arguments.seed,
-    )
+    arguments, recipe, device = command.parse(parser, DecoderRecipe())
     print(json.dumps(asdict(recipe)), flush=True)
-    vae = train(arguments.folder, recipe, torch.device(arguments.device))
+    vae = train(arguments.folder, recipe, device)
     print(f"held-out PSNR {reconstruction_psnr(vae, count=256, seed=12345):.2f} dB", flush=True)
     vae.register_to_config(_name_or_path="")
     vae.half().save_pretrained(arguments.folder / "vae", variant="fp16")

@@ -12,7 +12,7 @@ and a quarter of the pictures are degraded and carry its default for the negativ
 import argparse
 import copy
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from scipy import ndimage
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from weights.miniature import command
 from weights.miniature.architecture import SCHEDULER_CONFIG, build_refiner_unet
 from weights.miniature.train_unet import (
     Batch,
@@ -162,24 +163,12 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="the trained base's folder")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start-from", type=Path, help="a trained folder to continue from")
-    parser.add_argument("--steps", type=int, default=RECIPE.steps)
-    parser.add_argument("--learning-rate", type=float, default=RECIPE.learning_rate)
-    parser.add_argument("--pictures", type=int, default=RECIPE.pictures)
-    parser.add_argument("--seed", type=int, default=RECIPE.seed)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
-    recipe = replace(
-        RECIPE,
-        steps=arguments.steps,
-        learning_rate=arguments.learning_rate,
-        pictures=arguments.pictures,
-        seed=arguments.seed,
-    )
+    arguments, recipe, device = command.parse(parser, RECIPE)
     print(json.dumps(asdict(recipe) | {"noisiest": NOISIEST}), flush=True)
     torch.manual_seed(recipe.seed)
     start = arguments.start_from
     unet = load(start) if start else build_refiner_unet()
-    train(unet, arguments.base, arguments.out, recipe, torch.device(arguments.device))
+    train(unet, arguments.base, arguments.out, recipe, device)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from weights.miniature import command
 from weights.miniature.architecture import (
     MAX_TOKENS,
     SCHEDULER_CONFIG,
@@ -303,32 +304,20 @@ def _fresh(out: Path, seed: int) -> TextToNoise:
 
 
 def main() -> None:
-    defaults = UnetRecipe()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="model folder that holds vae/")
     parser.add_argument("--start-from", type=Path, help="a trained folder to continue from")
-    parser.add_argument("--steps", type=int, default=defaults.steps)
-    parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
-    parser.add_argument("--pictures", type=int, default=defaults.pictures)
-    parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument(
         "--keep-text-encoders", action="store_true", help="train the UNet alone: others share them"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
-    recipe = UnetRecipe(
-        steps=arguments.steps,
-        learning_rate=arguments.learning_rate,
-        pictures=arguments.pictures,
-        seed=arguments.seed,
-    )
+    arguments, recipe, device = command.parse(parser, UnetRecipe())
     print(json.dumps(asdict(recipe)), flush=True)
     start = arguments.start_from
     model = load(start) if start else _fresh(arguments.out, recipe.seed)
     if arguments.keep_text_encoders:
         model.text_encoder.requires_grad_(False)
         model.text_encoder_2.requires_grad_(False)
-    train(model, arguments.out, recipe, torch.device(arguments.device))
+    train(model, arguments.out, recipe, device)
 
 
 if __name__ == "__main__":

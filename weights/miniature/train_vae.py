@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from weights.miniature import command
 from weights.miniature.architecture import NATIVE_SIZE, build_vae
 from weights.miniature.captions import training_scene
 from weights.miniature.world import Scene, random_scene, render
@@ -125,18 +126,13 @@ def reconstruction_psnr(vae: AutoencoderKL, count: int, seed: int) -> float:
 
 
 def main() -> None:
-    defaults = VaeRecipe()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--out", type=Path, required=True, help="model folder; vae/ is written in it"
     )
-    parser.add_argument("--steps", type=int, default=defaults.steps)
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
-    recipe = VaeRecipe(steps=arguments.steps, seed=arguments.seed)
+    arguments, recipe, device = command.parse(parser, VaeRecipe())
     print(json.dumps(asdict(recipe)), flush=True)
-    vae = train(recipe, torch.device(arguments.device))
+    vae = train(recipe, device)
     psnr = reconstruction_psnr(vae, count=256, seed=12345)
     print(f"held-out PSNR {psnr:.2f} dB, scaling factor {vae.config.scaling_factor}", flush=True)
     vae.half().save_pretrained(arguments.out / "vae", variant="fp16")
