@@ -3,7 +3,7 @@
 import pytest
 
 from tests.image_corpus import corpus
-from tests.server.conftest import picture
+from tests.server.conftest import picture, wait_for
 
 CORPUS = {sample.name: sample for sample in corpus()}
 GOOD = [name for name, sample in CORPUS.items() if sample.error is None]
@@ -17,7 +17,8 @@ def unharmed(server):
     before = server.predict(**PLAIN)
     worker = server.worker().pid
     yield
-    assert server.health()["status"] == "READY"
+    # Right after a reply the server is still busy for some milliseconds.
+    wait_for(lambda: server.health()["status"] == "READY", "the server's rest")
     assert server.worker().pid == worker
     after = server.predict(**PLAIN)
     assert before["status"] == after["status"] == "succeeded"
