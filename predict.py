@@ -8,7 +8,7 @@ import time
 import traceback
 from typing import List, Optional  # noqa: UP035  the spelling that every version of Cog's parser reads
 
-from cog import BasePredictor, Input, Path
+from cog import BasePredictor, Input, Path, Secret
 
 from generation.errors import InvalidRequest
 from generation.outputs import OutputFolders
@@ -35,8 +35,11 @@ INPAINT_AREA_CHOICES = ["whole_picture", "masked_region"]
 
 
 class Predictor(BasePredictor):
-    def setup(self) -> None:
-        """Choose edition and device, load the models; a failure prints its own traceback."""
+    def setup(self, weights: Optional[Path] = None) -> None:
+        """Choose edition and device, load the models; a failure prints its own traceback.
+
+        `weights` is COG_WEIGHTS, a path or an address as plain text whatever the annotation says.
+        """
         try:
             from generation.engine import Engine
             from weights.edition import resolve_device, resolve_edition
@@ -45,7 +48,7 @@ class Predictor(BasePredictor):
             edition = resolve_edition(cuda_available=device == "cuda")
             self.folders = OutputFolders()
             self.engine = Engine(edition, device)
-            self.engine.load()
+            self.engine.load(str(weights) if weights else None)
         except Exception:
             traceback.print_exc()  # Cog's server reports the message alone, and having heard it
             time.sleep(1)  # drops the lines that are still on their way to its log
@@ -131,6 +134,30 @@ class Predictor(BasePredictor):
             ge=1,
             le=500,
         ),
+        replicate_weights: str = Input(
+            default="",
+            description="Trained weights: an https address, owner/name[:file] on the hub, or data:",
+        ),
+        lora_scale: float = Input(
+            default=0.6,
+            description="How strongly the LoRA in replicate_weights counts; negative: the opposite",
+            ge=-10,
+            le=10,
+        ),
+        loras: List[str] = Input(
+            default=[],
+            description="LoRAs and embeddings to add, up to 8, each named like replicate_weights",
+        ),
+        lora_scales: List[float] = Input(
+            default=[],
+            description="How strongly each of loras counts, from -10 to 10; empty: 1 each",
+        ),
+        hf_api_token: Optional[Secret] = Input(
+            default=None, description="Hugging Face token, for weights that need one"
+        ),
+        civitai_api_token: Optional[Secret] = Input(
+            default=None, description="Civitai token, for weights that need one"
+        ),
         mask_from_alpha: bool = Input(
             default=False,
             description="Inpainting without a mask: repaint where the image is transparent",
@@ -201,6 +228,12 @@ class Predictor(BasePredictor):
             refine=refine,
             high_noise_frac=high_noise_frac,
             refine_steps=_whole(refine_steps),
+            replicate_weights=replicate_weights,
+            lora_scale=lora_scale,
+            loras=tuple(loras),
+            lora_scales=tuple(lora_scales),
+            hf_api_token=_secret(hf_api_token),
+            civitai_api_token=_secret(civitai_api_token),
             seed=_whole(seed),
         )
         result = self.engine.generate(request, self.folders.fresh())
@@ -215,6 +248,10 @@ class Predictor(BasePredictor):
 def _whole(value: Optional[float]) -> Optional[int]:
     """JSON has one number type: 2.0 passes the schema's "integer" and arrives as a float."""
     return None if value is None else int(value)
+
+
+def _secret(value: Optional[Secret]) -> Optional[str]:
+    return None if value is None else value.get_secret_value()
 
 
 def _file(name: str, value: Optional[Path]) -> Optional[Path]:

@@ -64,6 +64,8 @@ class AdapterSlot:
     captured for them goes stale. Taking back copies the pristine values, so it leaves no rounding
     behind. What is about to change is written down first: a cancellation can strike any line, and
     then the next request takes back what this one could not.
+
+    Adapters that stay, the operator's, are merged once and not for each request.
     """
 
     def __init__(self, parts: Mapping[str, object]) -> None:
@@ -79,25 +81,48 @@ class AdapterSlot:
         self._embeddings: dict[str, nn.Parameter] = {}  # part → its own token embeddings
         self._pooling: int | None = None  # the second encoder's own eos_token_id
         self._tokenizers: dict[tuple[tuple[str, ...], str], Any] = {}
+        self._merged: tuple[Adapter, ...] | None = ()  # None while that changes
+        self._own: Mapping[str, object] = {}  # tokenizers that know the merged adapters' words
 
     @contextmanager
-    def applied(self, adapters: Sequence[Adapter]) -> Iterator[Mapping[str, object]]:
+    def applied(
+        self, adapters: Sequence[Adapter], stay: bool = False
+    ) -> Iterator[Mapping[str, object]]:
         """Merge the adapters, in order; yields the parts that take the model's own ones' place.
 
-        Whatever happens inside, and whenever it is cancelled, the modules are as before
-        afterwards, or at the latest when the next request comes here.
+        Afterwards they are taken back, whatever happens inside and whenever it is cancelled, or at
+        the latest when the next request comes here. Those that `stay` are taken back only once
+        other adapters are asked for, or none.
         """
-        self._take_back()
+        kept = False
         try:
-            for adapter in adapters:
-                self._merge(adapter)
-            yield self._extend_vocabulary([a.weights for a in adapters])
+            self._become(tuple(adapters))
+            kept = stay
+            yield self._own
         finally:
-            self._take_back()
+            if not kept:
+                self._become(())
+
+    def replace_base(self, parameters: Mapping[str, Tensor]) -> None:
+        """New values for the model's own parameters, for good."""
+        self._become(())
+        self._pristine.clear()
+        for name, value in parameters.items():
+            self._parameters[name].copy_(value)
+
+    def _become(self, adapters: tuple[Adapter, ...]) -> None:
+        if self._merged is not None and _same(self._merged, adapters):
+            return
+        self._merged = None
+        self._take_back()
+        for adapter in adapters:
+            self._merge(adapter)
+        self._own = self._extend_vocabulary([a.weights for a in adapters])
+        self._merged = adapters
 
     def _merge(self, adapter: Adapter) -> None:
-        for name, value in adapter.weights.unet.items():
-            self._write(f"{UNET}.{name}", value)
+        for name, value in adapter.weights.parameters.items():
+            self._write(name, value)
         if adapter.scale == 0:
             return
         for module, delta in adapter.weights.lora.items():
@@ -161,6 +186,7 @@ class AdapterSlot:
         model.eos_token_id = tokenizer.eos_token_id
 
     def _take_back(self) -> None:
+        self._own = {}
         for part, own in list(self._embeddings.items()):
             self._parts[part].get_input_embeddings().weight = own  # type: ignore[attr-defined]
             del self._embeddings[part]
@@ -170,6 +196,13 @@ class AdapterSlot:
         for name in list(self._changed):
             self._parameters[name].copy_(self._pristine[name])
             self._changed.discard(name)
+
+
+def _same(first: Sequence[Adapter], second: Sequence[Adapter]) -> bool:
+    """Whether these are the same objects at the same scales: no tensor is compared."""
+    return len(first) == len(second) and all(
+        a.weights is b.weights and a.scale == b.scale for a, b in zip(first, second, strict=True)
+    )
 
 
 def merged(parameter: Tensor, delta: LoraDelta, scale: float) -> Tensor:

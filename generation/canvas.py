@@ -18,7 +18,6 @@ from scipy import ndimage
 from generation.base_models import BaseModelSpec
 from generation.blending import Mask, feather, fill, tone_offset, used_box
 from generation.errors import InvalidRequest
-from generation.images import SourceImage
 from generation.request import (
     SIDE_MULTIPLE,
     GenerationPlan,
@@ -27,6 +26,7 @@ from generation.request import (
     MaskedContent,
     Mode,
 )
+from preprocess.images import SourceImage
 
 # A mask that went through JPEG is not quite black and white: 5 % either way is taken for noise.
 _BLACK, _WHITE = 12, 243

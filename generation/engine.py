@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from generation import canvas, modes, outputs, prompts, refine
+from generation.adapters import Adapter
 from generation.base_models import BASE_MODELS, DEFAULT_BASE_MODEL, BaseModelSpec
 from generation.blending import Mask
 from generation.errors import OutOfDeviceMemory
-from generation.images import read_image, read_mask
 from generation.pipelines import PipelineStore
+from generation.replaceable import ReplaceableWeights, replace_all_trigger_words
 from generation.request import GenerationPlan, GenerationRequest, RepaintPlan, resolve, resolve_mode
+from preprocess.images import read_image, read_mask
 from weights.catalog import Edition
 from weights.edition import Device
+from weights.references import Tokens, parse_operator_source
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
     from PIL import Image
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,25 @@ class Engine:
         self.dtype = torch.float32 if device == "cpu" else torch.float16
         self._models = BASE_MODELS[edition]
         self._store = PipelineStore(edition, self.device, self.dtype)
+        self._replaceable: dict[str, ReplaceableWeights] = {}  # by base model
 
-    def load(self) -> None:
-        """Load the default model ahead of the first request."""
-        self._store.load(self._models[DEFAULT_BASE_MODEL])
+    @torch.inference_mode()
+    def load(self, weights: str | None = None) -> None:
+        """Load the default model ahead of the first request, and the operator's `weights` into it.
+
+        `weights` is a path or anything that a request may name; HF_TOKEN and CIVITAI_API_TOKEN are
+        used for it. Raises a WeightsError.
+        """
+        spec = self._models[DEFAULT_BASE_MODEL]
+        replaceable = self._load(spec)
+        if weights:
+            hub, civitai = (os.environ.get(f"{n}_TOKEN") for n in ("HF", "CIVITAI_API"))
+            replaceable.set_up(parse_operator_source(weights), Tokens(hub or None, civitai or None))
+
+    def _load(self, spec: BaseModelSpec) -> ReplaceableWeights:
+        if spec.name not in self._replaceable:
+            self._replaceable[spec.name] = ReplaceableWeights(self._store.load(spec).parts)
+        return self._replaceable[spec.name]
 
     @torch.inference_mode()
     def generate(self, request: GenerationRequest, folder: Path) -> GenerationResult:
@@ -59,6 +80,8 @@ class Engine:
 
         Raises:
             InvalidRequest: before any model is loaded or changed.
+            BadPicture: the same, for a picture that was sent.
+            WeightsError: trained weights that are named cannot be had or used; nothing is changed.
             OutOfDeviceMemory: the models stay loaded and intact.
         """
         spec = self._models[DEFAULT_BASE_MODEL]
@@ -71,8 +94,15 @@ class Engine:
         if plan.negative_prompt and not plan.guided:
             print("negative_prompt has no effect: guidance_scale of up to 1 runs no guidance pass")
         stages = _Stages(self.device)
-        with _explain_out_of_memory(plan):
-            painter = _Painter.open(self._store, spec, plan, stages)
+        with stages.time("load"):
+            replaceable = self._load(spec)
+        with stages.time("weights"):
+            adapters = replaceable.read(plan.weights, plan.tokens)
+        with (
+            _explain_out_of_memory(plan),
+            stages.around("weights", replaceable.applied(adapters)) as own,
+        ):
+            painter = _Painter.open(self._store, spec, _in_words(plan, adapters), own, stages)
             if source is None:
                 pictures = painter.paint((plan.width, plan.height), [], None)
             elif plan.repaint is None:
@@ -82,6 +112,14 @@ class Engine:
         with stages.time("save"):
             files = outputs.save(pictures, folder)
         return GenerationResult(files, plan, stages.seconds, stages.peak_memory())
+
+
+def _in_words(plan: GenerationPlan, adapters: Sequence[Adapter]) -> GenerationPlan:
+    """The plan as the text encoders read it: trigger words are tokens of their own."""
+    prompt, negative = (
+        replace_all_trigger_words(text, adapters) for text in (plan.prompt, plan.negative_prompt)
+    )
+    return replace(plan, prompt=prompt, negative_prompt=negative)
 
 
 def _repaint(
@@ -133,12 +171,17 @@ class _Painter:
 
     @classmethod
     def open(
-        cls, store: PipelineStore, spec: BaseModelSpec, plan: GenerationPlan, stages: _Stages
+        cls,
+        store: PipelineStore,
+        spec: BaseModelSpec,
+        plan: GenerationPlan,
+        own: Mapping[str, object],
+        stages: _Stages,
     ) -> _Painter:
-        """Load what the plan needs and read its prompts."""
+        """Load what the plan needs and read its prompts; `own` parts replace the model's."""
         with stages.time("load"):
-            pipeline = store.pipeline(spec, plan.mode, plan.scheduler)
-            second = store.refiner_pipeline(spec, plan.scheduler) if plan.refine else None
+            pipeline = store.pipeline(spec, plan.mode, plan.scheduler, own)
+            second = store.refiner_pipeline(spec, plan.scheduler, own) if plan.refine else None
         with stages.time("text"):
             embeddings = prompts.encode(pipeline, plan)
             refiner = _Refiner(second, prompts.encode(second, plan)) if second else None
@@ -213,6 +256,18 @@ class _Stages:
         ):  # its work is queued: the stage has ended when the queue has
             torch.cuda.synchronize(self._device)
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+    @contextmanager
+    def around(self, stage: str, context: AbstractContextManager[T]) -> Iterator[T]:
+        """The same for the time that a context takes to be entered and left."""
+        with ExitStack() as stack:
+            with self.time(stage):
+                value = stack.enter_context(context)
+            try:
+                yield value
+            finally:
+                with self.time(stage):
+                    stack.close()
 
     def peak_memory(self) -> int:
         if self._device.type == "cuda":

@@ -4,7 +4,8 @@
     ├── InvalidRequest      (also a ValueError) a rule is broken; nothing was loaded or changed
     └── OutOfDeviceMemory   the device has no room for a picture of this size and number
 
-Errors about model files are `weights.errors.WeightsError`. Every message names the value, the rule
+Errors about pictures that are sent are `preprocess.errors.PreprocessError`, about model files
+`weights.errors.WeightsError`. Every message names the value, the rule
 and the remedy.
 """
 

@@ -65,15 +65,21 @@ class PipelineStore:
             self._loaded[spec.refiner.name] = self._read_refiner(spec.refiner, self.load(spec))
         return self._loaded[spec.refiner.name]
 
-    def pipeline(self, spec: BaseModelSpec, mode: Mode, scheduler: str) -> DiffusionPipeline:
-        """A pipeline for one request, with a scheduler of its own."""
-        return _build(PIPELINE_CLASSES[spec.family, mode], self.load(spec), scheduler)
+    def pipeline(
+        self, spec: BaseModelSpec, mode: Mode, scheduler: str, own: Mapping[str, object]
+    ) -> DiffusionPipeline:
+        """A pipeline for one request, with a scheduler of its own, and its `own` parts."""
+        return _build(PIPELINE_CLASSES[spec.family, mode], self.load(spec), scheduler, own)
 
-    def refiner_pipeline(self, spec: BaseModelSpec, scheduler: str) -> DiffusionPipeline:
-        """The refiner's pipeline for one request, with a scheduler of its own."""
+    def refiner_pipeline(
+        self, spec: BaseModelSpec, scheduler: str, own: Mapping[str, object]
+    ) -> DiffusionPipeline:
+        """The refiner's pipeline for one request; of its `own` parts, those that a refiner has."""
         assert spec.refiner is not None
         pipeline_class = PIPELINE_CLASSES[spec.refiner.family, Mode.IMG2IMG]
-        return _build(pipeline_class, self.load_refiner(spec), scheduler)
+        model = self.load_refiner(spec)
+        own = {name: part for name, part in own.items() if model.parts[name] is not None}
+        return _build(pipeline_class, model, scheduler, own)
 
     def _read(self, spec: BaseModelSpec) -> LoadedModel:
         import diffusers
@@ -131,11 +137,13 @@ def _scheduler_config(folder: Path) -> Mapping[str, object]:
     return config
 
 
-def _build(class_name: str, model: LoadedModel, scheduler: str) -> DiffusionPipeline:
+def _build(
+    class_name: str, model: LoadedModel, scheduler: str, own: Mapping[str, object]
+) -> DiffusionPipeline:
     import diffusers
 
     pipeline: DiffusionPipeline = getattr(diffusers, class_name)(
-        **model.parts,
+        **{**model.parts, **own},
         scheduler=build_scheduler(scheduler, model.scheduler_config),
         add_watermarker=False,
     )

@@ -2,14 +2,15 @@
 
 import math
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
 from generation.base_models import BaseModelSpec
 from generation.errors import InvalidRequest
-from generation.images import MAX_IMAGE_PIXELS
 from generation.schedulers import SCHEDULERS
+from preprocess.images import MAX_IMAGE_PIXELS
+from weights.references import Source, Tokens, parse_source
 
 SIDE_MULTIPLE = 8  # pixels per latent
 MAX_NUM_OUTPUTS = 4
@@ -17,6 +18,8 @@ MAX_NUM_INFERENCE_STEPS = 500
 MAX_GUIDANCE_SCALE = 50.0
 MAX_MASK_BLUR = 128  # pixels
 MAX_INPAINT_PADDING = 1024  # pixels
+MAX_LORAS = 8
+MAX_LORA_SCALE = 10.0  # either way; beyond about 3 most LoRAs leave nothing of a picture
 SEEDS = 2**32
 BASE_IMAGE_STRENGTH = 0.3  # replicate/cog-sdxl: diffusers' default for image to image
 
@@ -91,7 +94,22 @@ class GenerationRequest:
     refine: str
     high_noise_frac: float  # the base model's share of the noise levels
     refine_steps: int | None
+    replicate_weights: str  # a reference, see weights.references; empty: the operator's
+    lora_scale: float  # of replicate_weights, or of the operator's
+    loras: tuple[str, ...]  # references
+    lora_scales: tuple[float, ...]  # one each, or none: 1
+    hf_api_token: str | None = field(repr=False)
+    civitai_api_token: str | None = field(repr=False)
     seed: int | None
+
+
+@dataclass(frozen=True)
+class WeightsUse:
+    """Trained weights in a request; without a source, those that the operator has set up."""
+
+    name: str  # of the input, for messages
+    source: Source | None
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -130,6 +148,8 @@ class GenerationPlan:
     strength: float  # 1 except where an image is given
     repaint: RepaintPlan | None
     refine: RefinePlan | None
+    weights: tuple[WeightsUse, ...]  # the first: replicate_weights or the operator's
+    tokens: Tokens
     seeds: tuple[int, ...]  # one per picture
 
     @property
@@ -172,9 +192,11 @@ def resolve(
 
     Raises:
         InvalidRequest: naming the value, the rule and the remedy.
+        InvalidSource: the same, for a reference to weights or a token.
     """
     mode = resolve_mode(request)
     _check(request)
+    weights = _weights(request)
     width, height = _size(request, mode, spec, image_size)
     steps = request.num_inference_steps
     guidance = request.guidance_scale
@@ -194,6 +216,8 @@ def resolve(
         strength=strength,
         repaint=_repaint(request) if mode in (Mode.INPAINT, Mode.OUTPAINT) else None,
         refine=_refine(request, spec, steps),
+        weights=weights,
+        tokens=Tokens(request.hf_api_token or None, request.civitai_api_token or None),
         seeds=_seeds(request.seed, request.num_outputs),
     )
 
@@ -212,6 +236,9 @@ def _check(request: GenerationRequest) -> None:
     _within("inpaint_padding", request.inpaint_padding, 0, MAX_INPAINT_PADDING)
     _within("high_noise_frac", request.high_noise_frac, 0, 1)
     _within("refine_steps", request.refine_steps, 1, MAX_NUM_INFERENCE_STEPS)
+    _within("lora_scale", request.lora_scale, -MAX_LORA_SCALE, MAX_LORA_SCALE)
+    for k, scale in enumerate(request.lora_scales):
+        _within(f"lora_scales[{k}]", scale, -MAX_LORA_SCALE, MAX_LORA_SCALE)
     _within("seed", request.seed, 0, SEEDS - 1)
 
 
@@ -262,6 +289,25 @@ def _refine(request: GenerationRequest, spec: BaseModelSpec, steps: int) -> Refi
     if style is Refine.BASE_IMAGE:
         _, steps = _at_least_one_step(BASE_IMAGE_STRENGTH, steps)
     return RefinePlan(style, request.high_noise_frac, steps)
+
+
+def _weights(request: GenerationRequest) -> tuple[WeightsUse, ...]:
+    count, scales = len(request.loras), request.lora_scales
+    if count > MAX_LORAS:
+        raise InvalidRequest(f"loras names {count} files; at most {MAX_LORAS} can be combined")
+    if scales and len(scales) != count:
+        raise InvalidRequest(
+            f"lora_scales has {len(scales)} numbers for {count} loras; give one for each, or none"
+        )
+    named = request.replicate_weights.strip()
+    source = parse_source(named, "replicate_weights") if named else None
+    uses = [WeightsUse("replicate_weights", source, request.lora_scale)]
+    for k, (reference, scale) in enumerate(
+        zip(request.loras, scales or (1.0,) * count, strict=True)
+    ):
+        name = f"loras[{k}]"
+        uses.append(WeightsUse(name, parse_source(reference, name), scale))
+    return tuple(uses)
 
 
 def _seeds(seed: int | None, count: int) -> tuple[int, ...]:

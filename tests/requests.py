@@ -24,5 +24,11 @@ REQUEST = GenerationRequest(
     refine="no_refiner",
     high_noise_frac=0.8,
     refine_steps=None,
+    replicate_weights="",
+    lora_scale=0.6,
+    loras=(),
+    lora_scales=(),
+    hf_api_token=None,
+    civitai_api_token=None,
     seed=1,
 )

@@ -120,6 +120,113 @@ def kohya_tensors(modules, rank: int = 4, alpha: float | None = 2.0, sgm: bool =
     return tensors
 
 
+# Stability-AI/generative-models, sgm/modules/diffusionmodules/openaimodel.py.
+SGM_OUTER = {
+    "time_embedding.linear_1.": "time_embed.0.",
+    "time_embedding.linear_2.": "time_embed.2.",
+    "add_embedding.linear_1.": "label_emb.0.0.",
+    "add_embedding.linear_2.": "label_emb.0.2.",
+    "conv_in.": "input_blocks.0.0.",
+    "conv_norm_out.": "out.0.",
+    "conv_out.": "out.2.",
+    "mid_block.resnets.0.": "middle_block.0.",
+    "mid_block.attentions.0.": "middle_block.1.",
+    "mid_block.resnets.1.": "middle_block.2.",
+}
+SGM_RESNET = {
+    ".norm1.": ".in_layers.0.",
+    ".conv1.": ".in_layers.2.",
+    ".time_emb_proj.": ".emb_layers.1.",
+    ".norm2.": ".out_layers.0.",
+    ".conv2.": ".out_layers.3.",
+    ".conv_shortcut.": ".skip_connection.",
+}
+# mlfoundations/open_clip, src/open_clip/transformer.py.
+OPEN_CLIP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.": "ln_final.",
+    "encoder.layers.": "transformer.resblocks.",
+    "layer_norm1.": "ln_1.",
+    "layer_norm2.": "ln_2.",
+    "mlp.fc1.": "mlp.c_fc.",
+    "mlp.fc2.": "mlp.c_proj.",
+    "self_attn.out_proj.": "attn.out_proj.",
+}
+
+
+def sgm_blocks(unet: nn.Module) -> dict[str, str]:
+    """Beginnings of diffusers' names → Stability's, counted as UNetModel.__init__ builds them."""
+    blocks = {}
+    number = 1
+    for i, down in enumerate(unet.down_blocks):
+        for j in range(len(down.resnets)):
+            blocks[f"down_blocks.{i}.resnets.{j}."] = f"input_blocks.{number}.0."
+            blocks[f"down_blocks.{i}.attentions.{j}."] = f"input_blocks.{number}.1."
+            number += 1
+        if down.downsamplers is not None:
+            blocks[f"down_blocks.{i}.downsamplers.0.conv."] = f"input_blocks.{number}.0.op."
+            number += 1
+    number = 0
+    for i, up in enumerate(unet.up_blocks):
+        for j in range(len(up.resnets)):
+            blocks[f"up_blocks.{i}.resnets.{j}."] = f"output_blocks.{number}.0."
+            blocks[f"up_blocks.{i}.attentions.{j}."] = f"output_blocks.{number}.1."
+            number += 1
+        # The last layer of its level: after the resnet and, where there is one, the attention.
+        place = 2 if hasattr(up, "attentions") else 1
+        blocks[f"up_blocks.{i}.upsamplers.0.conv."] = f"output_blocks.{number - 1}.{place}.conv."
+    return blocks
+
+
+def checkpoint_tensors(parts: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The parts as one file with Stability's names, and what else such files have in them."""
+    tensors = {}
+    blocks = SGM_OUTER | sgm_blocks(parts["unet"])
+    for name, value in parts["unet"].state_dict().items():
+        start, new = next((s, n) for s, n in blocks.items() if name.startswith(s))
+        key = new + name.removeprefix(start)
+        if ".resnets." in start:
+            key = _replace(key, SGM_RESNET)
+        tensors[f"model.diffusion_model.{key}"] = value
+    for name, value in parts["text_encoder"].state_dict().items():
+        path = name.removeprefix("text_model.")
+        tensors[f"conditioner.embedders.0.transformer.text_model.{path}"] = value
+    tensors |= _open_clip_tensors(parts["text_encoder_2"].state_dict())
+    clip = "conditioner.embedders.0.transformer.text_model.embeddings.position_ids"
+    return tensors | {
+        clip: torch.arange(77)[None],
+        "conditioner.embedders.1.model.logit_scale": torch.tensor(4.6),
+        "first_stage_model.decoder.conv_in.weight": torch.full((2, 2), torch.inf),
+        "model_ema.decay": torch.tensor(0.9999),
+        "model_ema.diffusion_modelinput_blocks00weight": torch.zeros(2, 2),
+        "denoiser.sigmas": torch.zeros(1000),
+        "alphas_cumprod": torch.zeros(1000),
+    }
+
+
+def _open_clip_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, value in state.items():
+        key = "conditioner.embedders.1.model." + _replace(
+            name.removeprefix("text_model."), OPEN_CLIP
+        )
+        if name == "text_projection.weight":
+            tensors[key.removesuffix(".weight")] = value.T.contiguous()
+        elif ".self_attn.q_proj." in name:
+            three = [state[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
+            tensors[key.replace("self_attn.q_proj.", "attn.in_proj_")] = torch.cat(three)
+        elif ".k_proj." not in name and ".v_proj." not in name:
+            tensors[key] = value
+    return tensors
+
+
+def _replace(text: str, pairs: dict[str, str]) -> str:
+    for old, new in pairs.items():
+        text = text.replace(old, new)
+    return text
+
+
 def cog_lora_tensors(rank: int = 4) -> dict[str, Tensor]:
     """What cog-sdxl's trainer saves: the UNet's attention, diffusers' old names, no prefix."""
     tensors = {}

@@ -21,14 +21,14 @@ def check_fits(weights: TrainedWeights, shapes: ModelShapes, name: str) -> None:
             f" {quote(bad[0])}, with down {tuple(delta.down.shape)} and up {tuple(delta.up.shape)}"
             f" for a weight of {modules.get(bad[0], 'no such module')}{family}. {_ANOTHER}."
         )
-    sizes = {key: tuple(tensor.shape) for key, tensor in weights.unet.items()}
-    bad = [key for key, size in sizes.items() if shapes.parameters.get(f"unet.{key}") != size]
+    sizes = {key: tuple(tensor.shape) for key, tensor in weights.parameters.items()}
+    bad = [key for key, size in sizes.items() if shapes.parameters.get(key) != size]
     if bad:
+        what = "checkpoint" if weights.checkpoint else "UNet"
         raise BadWeights(
-            f"{name} is a UNet that does not fit this model: {len(bad)} of {len(sizes)} parameters,"
-            f" the first {quote(bad[0])} with {sizes[bad[0]]} for"
-            f" {shapes.parameters.get(f'unet.{bad[0]}', 'nothing')}{guess_family(sizes)}."
-            f" {_ANOTHER}."
+            f"{name} is a {what} that does not fit this model: {len(bad)} of {len(sizes)}"
+            f" parameters, the first {quote(bad[0])} with {sizes[bad[0]]} for"
+            f" {shapes.parameters.get(bad[0], 'nothing')}{guess_family(sizes)}. {_ANOTHER}."
         )
     for entry in weights.embeddings:
         for encoder, rows in entry.vectors.items():

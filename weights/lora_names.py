@@ -6,7 +6,7 @@ late or never.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -66,7 +66,7 @@ def spell_modules(modules: Mapping[str, tuple[int, ...]]) -> dict[str, Spelling]
         known = spellings.setdefault(spelling, Spelling(module, style))
         assert known.module == module, f"{spelling} is both {known.module} and {module}"
 
-    layers = _layers_per_block(modules)
+    layers = layers_per_block(modules)
     for module in modules:
         part, path = module.split(".", 1)
         if part == UNET:
@@ -123,17 +123,19 @@ def _spell_text(part: str, path: str) -> list[tuple[str, str]]:
     return found
 
 
-def _layers_per_block(modules: Mapping[str, tuple[int, ...]]) -> int:
-    """How many resnets a down block has; an up block has one more."""
+def layers_per_block(names: Iterable[str]) -> int:
+    """How many resnets a down block has; an up block has one more. `names`: "<part>.<path>"."""
     found = {
         int(match[1])
-        for module in modules
-        if (match := re.match(r"unet\.down_blocks\.0\.resnets\.(\d+)\.", module))
+        for name in names
+        if (match := re.match(r"unet\.down_blocks\.0\.resnets\.(\d+)\.", name))
     }
     return max(found, default=0) + 1
 
 
 _SGM_RESNET = {
+    "norm1": "in_layers.0",
+    "norm2": "out_layers.0",
     "conv1": "in_layers.2",
     "conv2": "out_layers.3",
     "time_emb_proj": "emb_layers.1",
@@ -141,6 +143,7 @@ _SGM_RESNET = {
 }
 _SGM_OUTER = {
     "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",

@@ -2,19 +2,19 @@
 
 import hashlib
 import json
-import re
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 
 import httpx
 
 from weights import hub, remote
-from weights.errors import InvalidSource, NotOnServer, Offline
-from weights.references import SUFFIXES, CivitaiModel, HubRepository, WebFile
+from weights.errors import NotOnServer, Offline
+from weights.references import SUFFIXES, CivitaiModel, HubRepository, Tokens, WebFile
 from weights.remote import Advice, Facts, RemoteFile
 
 RemoteSource = WebFile | CivitaiModel | HubRepository
 
-MAX_BYTES = 12_000_000_000  # SDXL's UNet in fp32 is 10.3 GB
+MAX_BYTES = 15_000_000_000  # an SDXL checkpoint in fp32 is 13.9 GB
 MAX_ANSWER_BYTES = 8 << 20  # of JSON
 MOST_CANDIDATES = 10
 PREFERRED = ("pytorch_lora_weights.safetensors", "trained_model.tar")  # diffusers', cog-sdxl's
@@ -31,28 +31,6 @@ HUB_ADVICE = Advice(
     changed="the hub's file is damaged: name another revision",
     other="check HF_ENDPOINT",
 )
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Secrets, each sent to the host that it is for and over https only. None: nothing is sent.
-
-    The operator's HF_TOKEN is used only if it is passed here: with it, whoever may name weights
-    may read what the operator may read.
-    """
-
-    hub: str | None = field(repr=False)
-    civitai: str | None = field(repr=False)
-
-    def __post_init__(self) -> None:
-        for token in fields(self):
-            value = getattr(self, token.name)
-            # Else an HTTP library would refuse the header, quoting it.
-            if value is not None and not re.fullmatch(r"[\x21-\x7e]+", value):
-                raise InvalidSource(
-                    f"the token for {token.name} is empty, or has a blank, a line break or a"
-                    " character beyond ASCII; copy it again"
-                )
 
 
 @dataclass(frozen=True)
@@ -104,9 +82,11 @@ def ask(
 def _ask_hub(source: HubRepository, key: str, tokens: Tokens, before: Facts | None) -> Offer | None:
     token = tokens.hub if hub.endpoint().startswith("https://") else None
     listing = hub.list_files(source.repo, source.revision, token, HUB_ADVICE)
-    file = hub.remote_file(listing, _choose(source, listing), token, HUB_ADVICE)
+    chosen = _choose(source, listing)
+    file = hub.remote_file(listing, chosen, token, HUB_ADVICE)
     assert file.digest is not None
-    facts = Facts(file.size_bytes, file.digest.hexdigest, None, "")
+    name = PurePosixPath(chosen).name
+    facts = Facts(file.size_bytes, file.digest.hexdigest, None, "", name)
     if facts == before:
         return None
     # Not by the hash alone: the same file in two repositories is fetched under two locks.

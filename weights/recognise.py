@@ -9,7 +9,8 @@ from tarfile import TarError, TarInfo
 from weights.errors import BadWeights
 
 READABLE = (
-    "Give a safetensors file (LoRA, textual inversion, UNet) or a trained_model.tar that holds one"
+    "Give a safetensors file (LoRA, textual inversion, UNet, checkpoint) or a trained_model.tar"
+    " that holds one"
 )
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 PICKLE_REFUSED = (
@@ -50,12 +51,15 @@ def quote(text: str) -> str:
     return repr(text if len(text) <= 120 else text[:100] + "…")
 
 
-def find_container(path: Path, name: str) -> Container:
-    """How the file is packed, by content. Raises BadWeights, which says what it is instead."""
+def find_container(path: Path, suffix: str, name: str) -> Container:
+    """How the file is packed, by content. Raises BadWeights, which says what it is instead.
+
+    `suffix` is that of the file's own name, which the path of a stored copy may lack.
+    """
     if path.exists() and not path.is_file():
         raise BadWeights(f"{name} is a folder or a device, not a file. {READABLE}.")
-    if path.suffix.lower() in PICKLE_SUFFIXES:
-        raise BadWeights(f"{name} is a {path.suffix.lower()} file: {PICKLE_REFUSED}.")
+    if suffix.lower() in PICKLE_SUFFIXES:
+        raise BadWeights(f"{name} is a {suffix.lower()} file: {PICKLE_REFUSED}.")
     with path.open("rb") as file:
         start = file.read(512)
     if not start:
@@ -120,12 +124,15 @@ _OTHER_MODELS: tuple[tuple[str, str], ...] = (
      "a diffusion transformer (Stable Diffusion 3, Qwen-Image, …)"),
     (r"prior_", "a prior model (Stable Cascade, Kandinsky, …)"),
 )  # fmt: skip
+_OTHER_CHECKPOINTS: tuple[tuple[str, str], ...] = (
+    (r"^conditioner\.embedders\.0\.model\.", "the refiner of Stable Diffusion XL"),
+    (r"^cond_stage_model\.model\.", "Stable Diffusion 2"),
+    (r"^cond_stage_model\.", "Stable Diffusion 1.5"),
+    (r"^model\.diffusion_model\.(?:double|joint)_blocks", "FLUX or SD3"),
+    (r"^model\.diffusion_model\.(?:transformer_blocks|blocks|layers)\.", "a diffusion transformer"),
+)
 _WHOLE_MODELS: tuple[tuple[str, str], ...] = (
-    (r"^conditioner\.embedders\.", "a full checkpoint of Stable Diffusion XL"),
-    (r"^cond_stage_model\.model\.", "a full checkpoint of Stable Diffusion 2"),
-    (r"^cond_stage_model\.", "a full checkpoint of Stable Diffusion 1.5"),
-    (r"^model\.diffusion_model\.(?:double|joint)_blocks", "a full checkpoint of FLUX or SD3"),
-    (r"^model\.diffusion_model\.", "the UNet of a full checkpoint"),
+    (r"^conditioner\.embedders\.", "the text encoders of a checkpoint, without its UNet"),
     (r"^(?:input|output)_blocks\.\d+\.\d+\.", "a UNet under Stability's names"),
     (r"^first_stage_model\.|^(?:encoder|decoder)\.(?:down|up|mid)(?:_blocks?)?\.|"
      r"^post_quant_conv\.", "a VAE"),
@@ -144,6 +151,11 @@ def find_foreign_kind(keys: Iterable[str]) -> str | None:
 def find_other_model(keys: Iterable[str]) -> str | None:
     """For which model of another architecture an adapter is, by its tensors' names."""
     return _first_match(_OTHER_MODELS, keys)
+
+
+def find_other_checkpoint(keys: Iterable[str]) -> str | None:
+    """Of which model of another family this is a full checkpoint, by its tensors' names."""
+    return _first_match(_OTHER_CHECKPOINTS, keys)
 
 
 def find_whole_model(keys: Iterable[str]) -> str | None:

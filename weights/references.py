@@ -4,7 +4,7 @@
     owner/name[@revision][:folder/file.safetensors]  a repository on the hub
     https://huggingface.co/owner/name[/tree|blob|resolve/...]  the same, copied from its page
     https://civitai.com/models/1[?modelVersionId=2]  a model on Civitai, copied from its page
-    data:application/octet-stream;base64,...       the file itself
+    data:[type][;name=file.safetensors];base64,... the file itself
 
 The operator, who sets COG_WEIGHTS, may also name a file on the disk, http and inner addresses.
 """
@@ -12,8 +12,8 @@ The operator, who sets COG_WEIGHTS, may also name a file on the disk, http and i
 import base64
 import binascii
 import re
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, fields
+from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 import httpx
@@ -74,6 +74,7 @@ class InlineFile:
     """The content itself."""
 
     name: str
+    file_name: str  # "" where the reference names none
     content: bytes = field(repr=False)
 
 
@@ -86,6 +87,28 @@ class LocalFile:
 
 
 Source = WebFile | CivitaiModel | HubRepository | InlineFile | LocalFile
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Secrets, each sent to the host that it is for and over https only. None: nothing is sent.
+
+    The operator's HF_TOKEN is used only if it is passed here: with it, whoever may name weights
+    may read what the operator may read.
+    """
+
+    hub: str | None = field(repr=False)
+    civitai: str | None = field(repr=False)
+
+    def __post_init__(self) -> None:
+        for token in fields(self):
+            value = getattr(self, token.name)
+            # Else an HTTP library would refuse the header, quoting it.
+            if value is not None and not re.fullmatch(r"[\x21-\x7e]+", value):
+                raise InvalidSource(
+                    f"the token for {token.name} is empty, or has a blank, a line break or a"
+                    " character beyond ASCII; copy it again"
+                )
 
 
 def parse_source(reference: str, name: str) -> Source:
@@ -148,7 +171,8 @@ def _inline(text: str, name: str) -> InlineFile:
         raise _invalid(text, name, rule, "encode the file again") from None
     if not content:
         raise _invalid(text, name, "an empty file", "encode a weights file")
-    return InlineFile(name, content)
+    named = re.search(r";(?:file)?name=([^;]+)", head, re.IGNORECASE)
+    return InlineFile(name, PurePosixPath(unquote(named[1])).name if named else "", content)
 
 
 def _web(text: str, name: str, trusted: bool) -> Source:

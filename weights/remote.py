@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from email.message import Message
+from pathlib import PurePosixPath
 from typing import Literal
 
 import httpx
@@ -67,6 +69,7 @@ class Facts:
     etag: str | None
     last_modified: str | None
     content_type: str
+    file_name: str  # without folders; from the address where the server does not say
 
     @property
     def validator(self) -> str | None:
@@ -104,6 +107,7 @@ def ask(client: httpx.Client, file: RemoteFile, before: Facts | None) -> Facts |
             etag=response.headers.get("ETag"),
             last_modified=response.headers.get("Last-Modified"),
             content_type=response.headers.get("Content-Type", ""),
+            file_name=_file_name(response.headers.get("Content-Disposition", ""), file.url),
         )
     return None if before is not None and facts.proves_unchanged(before) else facts
 
@@ -180,6 +184,17 @@ def _check_status(response: httpx.Response, file: RemoteFile) -> None:
     if status in (404, 410):
         raise NotOnServer(f"{answered}; {file.advice.missing}")
     raise DownloadError(f"{answered}; {file.advice.other}")
+
+
+def _file_name(disposition: str, url: str) -> str:
+    """What the server calls the file (RFC 6266), or the end of the address that was asked for.
+
+    Not of the address that redirects lead to: stores name files by their hashes.
+    """
+    header = Message()
+    header["Content-Disposition"] = disposition
+    named = header.get_filename() if disposition.isprintable() else None
+    return PurePosixPath((named or httpx.URL(url).path).replace("\\", "/")).name
 
 
 def _whole_size(response: httpx.Response) -> int | None:

@@ -19,12 +19,13 @@ import httpx
 
 from weights import addresses, download, hub, offers, remote, retry, trained_cache, transfer
 from weights.errors import AccessDenied, DownloadError, NotOnServer, Offline, TransferFailed
-from weights.offers import Offer, RemoteSource, Tokens
+from weights.offers import Offer, RemoteSource
 from weights.references import (
     HubRepository,
     InlineFile,
     LocalFile,
     Source,
+    Tokens,
     WebFile,
     parse_operator_source,
     parse_source,
@@ -51,14 +52,14 @@ def fetch(source: Source, tokens: Tokens) -> CachedFile:
     """
     if isinstance(source, LocalFile):
         digest = transfer.digest_of(source.path, "sha256").hexdigest
-        return CachedFile(source.path, digest, source.path.open("rb"))
+        return CachedFile(source.path, digest, source.path.name, source.path.open("rb"))
     if isinstance(source, InlineFile):
         return _keep_inline(source)
     key = _key(source)
     grant = _grant(source, key, tokens)
     with trained_cache.fetching(key, source.name), _client(source) as client:
         known = trained_cache.recall(key)
-        copy = trained_cache.held(known.digest) if known is not None else None
+        copy = trained_cache.held(known.digest, known.facts.file_name) if known else None
         before = known.facts if known is not None and copy is not None else None
         asking = partial(offers.ask, client, source, key, tokens, before)
         try:
@@ -83,9 +84,9 @@ def _fetch_new(client: httpx.Client, offer: Offer, key: str, grant: str) -> Cach
     file = offer.file
     cached = None
     if file.digest is not None and file.digest.kind == "sha256":
-        cached = trained_cache.held(file.digest.hexdigest)
+        cached = trained_cache.held(file.digest.hexdigest, offer.facts.file_name)
     if cached is None:
-        cached = trained_cache.keep(_download(client, file))
+        cached = trained_cache.keep(_download(client, file), offer.facts.file_name)
     trained_cache.remember(key, cached.digest, offer.facts, grant)
     return cached
 
@@ -107,7 +108,7 @@ def _keep_inline(source: InlineFile) -> CachedFile:
     """Content that came in the request, as a file like the others."""
     digest = hashlib.sha256(source.content).hexdigest()
     with trained_cache.fetching(digest, source.name):
-        copy = trained_cache.held(digest)
+        copy = trained_cache.held(digest, source.file_name)
         if copy is not None:
             return copy
         trained_cache.check_fits(len(source.content), source.name)
@@ -120,7 +121,7 @@ def _keep_inline(source: InlineFile) -> CachedFile:
                 os.fsync(file.fileno())
         except OSError as error:
             raise DownloadError(f"{source.name}: cannot write {part}: {error}") from error
-        return trained_cache.keep(part)
+        return trained_cache.keep(part, source.file_name)
 
 
 def _make_room(needed_bytes: int, what: str) -> None:

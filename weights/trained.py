@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from torch import Tensor
 
 from weights import archive
+from weights.checkpoint_formats import is_checkpoint, read_checkpoint
 from weights.embedding_formats import (
     BUNDLE_PREFIX,
     Word,
@@ -30,6 +31,7 @@ from weights.recognise import (
     Container,
     find_container,
     find_foreign_kind,
+    find_other_checkpoint,
     find_other_model,
     find_whole_model,
     guess_family,
@@ -67,23 +69,27 @@ class _Found:
 
     name: str
     lora: Lora | None = None
-    unet: dict[str, Tensor] = field(default_factory=dict)
+    parameters: dict[str, Tensor] = field(default_factory=dict)  # "<part>.<name>"
+    checkpoint: bool = False
     words: list[Word] = field(default_factory=list)
     poolings: set[Pooling] = field(default_factory=set)  # those that headers name
 
 
-def read_trained(path: Path, name: str, shapes: ModelShapes) -> TrainedWeights:
+def read_trained(
+    path: Path, name: str, shapes: ModelShapes, file_name: str | None = None
+) -> TrainedWeights:
     """Read and check the file at `path` for the model with these `shapes`; tensors on the CPU.
 
-    `name` is the input's name, for messages. Raises BadWeights, which says what the file is;
-    NotEnoughDisk where an archive does not fit into the temporary folder; OSError if it cannot be
-    read at all.
+    `name` is the input's name, for messages; `file_name` what the file was called where it comes
+    from, if `path` does not say so. Raises BadWeights, which says what the file is; NotEnoughDisk
+    where an archive does not fit into the temporary folder; OSError if it cannot be read at all.
     """
-    container = find_container(path, name)
+    called = PurePosixPath(path.name if file_name is None else file_name)
+    container = find_container(path, called.suffix, name)
     found = _Found(name)
     special: dict[str, str] | None = None
     if container is Container.SAFETENSORS:
-        _add_file(found, open_safe(path, name), path.stem, shapes, None)
+        _add_file(found, open_safe(path, name), called.stem, shapes, None)
     else:
         with archive.unpacked(path, container, name) as members:
             special = _read_archive(found, members, shapes)
@@ -143,6 +149,11 @@ def _check_special(name: str, content: object) -> dict[str, str]:
 
 
 def _check_trigger(name: str, word: str) -> None:
+    if not word:
+        raise BadWeights(
+            f"{name} is a textual inversion whose trigger word is the file's name, and it came"
+            " without one. In a data: URL, write data:;name=word.safetensors;base64,..."
+        )
     if not word.strip() or not word.isprintable() or len(word) > MAX_TRIGGER_CHARACTERS:
         raise BadWeights(
             f"{name} has the trigger word {quote(word)}, which nobody can type: it has to be 1 to"
@@ -168,7 +179,14 @@ def _add_file(
         found.words += read_words(file, stem, shapes)
     elif keys:
         _refuse_foreign(file, find_foreign_kind(keys))
-        _add_unet(found, file, keys, shapes)
+        family = find_other_checkpoint(keys)
+        _refuse_foreign(
+            file, family and f"a full checkpoint of {family}, of another family than this model"
+        )
+        if is_checkpoint(keys):
+            _add_checkpoint(found, file, shapes)
+        else:
+            _add_unet(found, file, keys, shapes)
     pooling = file.metadata.get(POOLING_HEADER_KEY)
     if pooling is not None:
         if pooling not in {str(known) for known in Pooling}:
@@ -187,17 +205,24 @@ def _refuse_foreign(file: SafeFile, what: str | None) -> None:
 
 
 def _refuse_second(file: SafeFile, found: _Found) -> None:
-    if found.lora or found.unet:
+    if found.lora or found.parameters:
         raise BadWeights(
-            f"{file.subject} is the second LoRA or UNet in the archive. Pack the one that you mean."
+            f"{file.subject} is the second LoRA, UNet or checkpoint in the archive. Pack the one"
+            " that you mean."
         )
+
+
+def _add_checkpoint(found: _Found, file: SafeFile, shapes: ModelShapes) -> None:
+    _refuse_second(file, found)
+    found.parameters = read_checkpoint(file, shapes)
+    found.checkpoint = True
 
 
 def _add_unet(found: _Found, file: SafeFile, keys: list[str], shapes: ModelShapes) -> None:
     """A whole or partial UNet under diffusers' names; anything else is refused."""
     if not any(f"unet.{key}" in shapes.parameters for key in keys):
         whole = find_whole_model(keys)
-        _refuse_foreign(file, whole and f"{whole}, not an adapter")
+        _refuse_foreign(file, whole)
         shown = ", ".join(quote(key) for key in keys[:3])
         loras = sum(is_lora_key(key) for key in keys)
         what = "is a LoRA with other tensors in it" if loras else "has tensors of no known kind"
@@ -210,7 +235,7 @@ def _add_unet(found: _Found, file: SafeFile, keys: list[str], shapes: ModelShape
             f"{file.subject} is a UNet with {len(unknown)} of {len(keys)} parameters that this"
             f" model has not, the first {quote(unknown[0])}{guess_family(file.shapes)}. {_ANOTHER}."
         )
-    found.unet = file.read(keys)
+    found.parameters = {f"unet.{key}": tensor for key, tensor in file.read(keys).items()}
 
 
 def _finish(found: _Found, special: dict[str, str] | None, shapes: ModelShapes) -> TrainedWeights:
@@ -224,7 +249,8 @@ def _finish(found: _Found, special: dict[str, str] | None, shapes: ModelShapes) 
     )
     weights = TrainedWeights(
         lora=found.lora.deltas if found.lora else {},
-        unet=found.unet,
+        parameters=found.parameters,
+        checkpoint=found.checkpoint,
         embeddings=embeddings,
         trigger_words=triggers,
         pooling=pooling,
@@ -271,8 +297,10 @@ def _describe(
     found: _Found, embeddings: tuple[TokenVectors, ...], triggers: Mapping[str, str]
 ) -> str:
     parts = [found.lora.description] if found.lora else []
-    if found.unet:
-        parts.append(f"UNet, {len(found.unet)} parameters")
+    if found.parameters:
+        whole = any(not name.startswith("unet.") for name in found.parameters)
+        kind = "checkpoint" if whole else "UNet of a checkpoint" if found.checkpoint else "UNet"
+        parts.append(f"{kind}, {len(found.parameters)} parameters")
     for entry in embeddings:
         both = len(entry.vectors) == len(TEXT_ENCODERS)
         where = "both text encoders" if both else f"{next(iter(entry.vectors))} only"

@@ -43,9 +43,10 @@ _verified: dict[Path, tuple[int, int]] = {}
 class CachedFile:
     """A file that stays where it is until `close`, or the end of a `with` block."""
 
-    def __init__(self, path: Path, digest: str, handle: io.BufferedReader) -> None:
+    def __init__(self, path: Path, digest: str, file_name: str, handle: io.BufferedReader) -> None:
         self.path = path
         self.digest = digest  # sha256, hexadecimal
+        self.file_name = file_name  # where it comes from; "" where it has none
         self._handle = handle  # carries the shared lock
 
     def close(self) -> None:
@@ -104,7 +105,7 @@ def fetching(key: str, name: str) -> Iterator[None]:
         yield
 
 
-def held(digest: str) -> CachedFile | None:
+def held(digest: str, file_name: str) -> CachedFile | None:
     """The file with this content, protected from eviction; None where there is none.
 
     Read and compared with its name at its first use in this process; thrown away if it differs.
@@ -122,14 +123,14 @@ def held(digest: str) -> CachedFile | None:
             return None
         _verified[path] = (status.st_ino, status.st_size)
     os.utime(path)
-    return CachedFile(path, digest, handle)
+    return CachedFile(path, digest, file_name, handle)
 
 
-def keep(part: Path) -> CachedFile:
+def keep(part: Path, file_name: str) -> CachedFile:
     """Take a complete part into the cache under its content's hash, then evict what is too much."""
     with part.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
-    file = held(digest)
+    file = held(digest, file_name)
     if file is not None:
         part.unlink()
     else:
@@ -141,7 +142,7 @@ def keep(part: Path) -> CachedFile:
         _sync_folder(path.parent)
         status = os.fstat(handle.fileno())
         _verified[path] = (status.st_ino, status.st_size)
-        file = CachedFile(path, digest, handle)
+        file = CachedFile(path, digest, file_name, handle)
     evict(budget_bytes())
     return file
 

@@ -62,11 +62,22 @@ class TrainedWeights:
     """Everything that one file of trained weights changes; checked against the model it is for."""
 
     lora: Mapping[str, LoraDelta]  # "unet.<module path>", "text_encoder.<…>", "text_encoder_2.<…>"
-    unet: Mapping[str, Tensor]  # UNet parameters to replace, by name; all, some or none of them
+    parameters: Mapping[str, Tensor]  # to replace, "<part>.<name>"; all, some or none of them
+    checkpoint: bool  # a whole model, which takes the base model's place: nothing on top of one
     embeddings: tuple[TokenVectors, ...]
     trigger_words: Mapping[str, str]  # typed by people → placeholder tokens: "TOK" → "<s0><s1>"
     pooling: Pooling
     description: str  # for logs: "kohya LoRA (sgm names), rank 16, 722 modules"
+
+    @property
+    def n_bytes(self) -> int:
+        """What the tensors take in memory."""
+        tensors = list(self.parameters.values())
+        for delta in self.lora.values():
+            tensors += [delta.down, delta.up]
+        for entry in self.embeddings:
+            tensors += entry.vectors.values()
+        return sum(tensor.nbytes for tensor in tensors)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """One prediction, as `cog predict` makes it, without Docker."""
 
 import argparse
+import base64
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jsonschema
 from jsonschema.exceptions import relevance
@@ -26,7 +28,9 @@ class UsageError(Exception):
 def parse_inputs(flags: list[str], schema: dict[str, Any], directory: Path) -> dict[str, Any]:
     """The predictor's arguments from `key=value` flags, with defaults filled in.
 
-    `schema` is the OpenAPI document; `key=@file` reads a file, its path relative to `directory`.
+    `schema` is the OpenAPI document; `key=@file` reads a file, its path relative to `directory`,
+    where the input is a file, or a text and the file is there: then it becomes a data: URL. A list
+    is JSON, or one flag for each of its items.
 
     Raises:
         UsageError: an unknown key, no "=", a missing file or a value that the schema refuses.
@@ -40,7 +44,12 @@ def parse_inputs(flags: list[str], schema: dict[str, Any], directory: Path) -> d
             raise UsageError(f"-i {flag!r} has no value; write -i key=value")
         if key not in properties:
             raise UsageError(f"there is no input {key!r}; the inputs are {', '.join(properties)}")
-        given[key] = _parse_value(key, text, _resolved(properties[key], schemas), directory)
+        spec = _resolved(properties[key], schemas)
+        if spec.get("type") == "array" and not text.lstrip().startswith("["):
+            item = _parse_value(key, text, spec["items"], directory)
+            given[key] = [*given.get(key, []), item]
+        else:
+            given[key] = _parse_value(key, text, spec, directory)
     for key in schemas["Input"].get("required", []):
         if key not in given:
             raise UsageError(f"the input {key!r} is required; give it with -i {key}=…")
@@ -58,11 +67,17 @@ def _parse_value(key: str, text: str, spec: dict[str, Any], directory: Path) -> 
             raise UsageError(f"{key}: there is no file {path}")
         return path
     if spec["type"] == "string":
-        return text
+        path = directory / text[1:]
+        return _data_url(path) if text.startswith("@") and path.is_file() else text
     try:
         return json.loads(text)
     except json.JSONDecodeError:
         raise UsageError(f"{key} is {text!r}; it must be of type {spec['type']}") from None
+
+
+def _data_url(path: Path) -> str:
+    content = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f"data:application/octet-stream;name={quote(path.name)};base64,{content}"
 
 
 def _resolved(spec: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +120,8 @@ def main(argv: list[str], caller: Path) -> int:
     arguments = parser.parse_args(argv)
     output = None if arguments.output is None else caller / arguments.output
     try:
-        inputs = parse_inputs(arguments.input, document(ROOT), caller)
+        schema = document(ROOT)
+        inputs = parse_inputs(arguments.input, schema, caller)
         _check_output(output)
     except UsageError as error:
         print(f"script/predict: {error}", file=sys.stderr)
@@ -113,7 +129,7 @@ def main(argv: list[str], caller: Path) -> int:
     except (ConfigError, SchemaError) as error:
         print(f"script/predict: {error}", file=sys.stderr)
         return 1
-    return _predict(inputs, output, caller)
+    return _predict(_as_cog(inputs, schema), output, caller)
 
 
 def _check_output(output: Path | None) -> None:
@@ -126,28 +142,40 @@ def _check_output(output: Path | None) -> None:
         raise UsageError(f"-o {output}: there is no folder {output.parent}; make it first")
 
 
-def _predict(inputs: dict[str, Any], output: Path | None, caller: Path) -> int:
+def _as_cog(inputs: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """The values in the types that Cog gives them."""
     from cog import Path as CogPath
+    from cog import Secret
 
+    properties = schema["components"]["schemas"]["Input"]["properties"]
+    arguments = dict(inputs)
+    for key, value in inputs.items():
+        if isinstance(value, Path):
+            arguments[key] = CogPath(value)
+        elif value is not None and "x-cog-secret" in properties[key]:
+            arguments[key] = Secret(value)
+    return arguments
+
+
+def _predict(arguments: dict[str, Any], output: Path | None, caller: Path) -> int:
     from generation.errors import GenerationError
     from predict import Predictor
+    from preprocess.errors import PreprocessError
     from weights.errors import WeightsError
 
     started = time.perf_counter()
     predictor = Predictor()
     try:
-        predictor.setup()
+        predictor.setup(os.environ.get("COG_WEIGHTS") or None)
         ready = time.perf_counter()
         try:
-            files = predictor.predict(
-                **{key: CogPath(v) if isinstance(v, Path) else v for key, v in inputs.items()}
-            )
+            files = predictor.predict(**arguments)
             done = time.perf_counter()
             for path in place([Path(file) for file in files], output, caller):
                 print(f"Wrote {path}")
         finally:
             predictor.folders.remove()
-    except (GenerationError, WeightsError) as error:
+    except (GenerationError, PreprocessError, WeightsError) as error:
         print(f"script/predict: {error}", file=sys.stderr)
         return 1
     print(f"setup {ready - started:.1f} s, prediction {done - ready:.1f} s")

@@ -28,8 +28,8 @@ from generation.canvas import (
     repaint,
 )
 from generation.errors import InvalidRequest
-from generation.images import SourceImage
 from generation.request import GenerationPlan, Margins, resolve
+from preprocess.images import SourceImage
 from tests.requests import REQUEST
 
 SPECS = st.sampled_from([SDXL, MINIATURE_SDXL])

@@ -124,6 +124,22 @@ def test_the_other_kinds_are_json(tmp_path):
         assert refusal("image=@cat.png", flag, schema=MADE_UP, directory=tmp_path) == message
 
 
+def test_a_list_may_be_one_flag_for_each_item(tmp_path):
+    (tmp_path / "cat.png").write_bytes(b"x")
+    flags = ["image=@cat.png", "words=a", "words=b, c", "words=@home"]
+    assert parse_inputs(flags, MADE_UP, tmp_path)["words"] == ["a", "b, c", "@home"]
+    assert parse("lora_scales=1", "lora_scales=-0.5")["lora_scales"] == [1, -0.5]
+    assert refusal("lora_scales=x") == "lora_scales is 'x'; it must be of type number"
+
+
+def test_a_text_may_be_a_file_that_is_there(tmp_path):
+    (tmp_path / "my lora.tar").write_bytes(b"abc")
+    url = "data:application/octet-stream;name=my%20lora.tar;base64,YWJj"
+    parsed = parse_inputs(["replicate_weights=@my lora.tar"], SCHEMA, tmp_path)
+    assert parsed["replicate_weights"] == url
+    assert parse_inputs(["loras=@my lora.tar"], SCHEMA, tmp_path)["loras"] == [url]
+
+
 @pytest.fixture
 def made(tmp_path):
     """Makes the files of a prediction of so many pictures."""
@@ -198,15 +214,19 @@ class FakePredictor:
     """Stands for predict.Predictor: writes its files, and takes them away when told to."""
 
     folder: Path
+    weights: list[str | None]
+    inputs: dict[str, object]
     failure: Exception | None = None
 
     def __init__(self):
         self.folders = self
 
-    def setup(self):
+    def setup(self, weights):
+        self.weights.append(weights)
         self.file = self.folder / "out-0.png"
 
     def predict(self, **inputs):
+        self.inputs.update(inputs)
         self.file.write_bytes(b"picture")
         if self.failure:
             raise self.failure
@@ -223,6 +243,8 @@ def fake(tmp_path, monkeypatch):
     (tmp_path / "own").mkdir()
     monkeypatch.setattr(predict, "Predictor", FakePredictor)
     monkeypatch.setattr(FakePredictor, "folder", tmp_path / "own", raising=False)
+    monkeypatch.setattr(FakePredictor, "weights", [], raising=False)
+    monkeypatch.setattr(FakePredictor, "inputs", {}, raising=False)
     return FakePredictor
 
 
@@ -241,3 +263,18 @@ def test_a_failed_prediction_is_one_line_and_status_1(tmp_path, fake, monkeypatc
     assert capsys.readouterr().err == "script/predict: width is 100; take 104\n"
     assert list(fake.folder.iterdir()) == []
     assert not (tmp_path / "cat.png").exists()
+
+
+def test_cog_weights_and_secrets_reach_the_predictor_as_cog_gives_them(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("COG_WEIGHTS", "/weights.tar")
+    assert main(["-i", "hf_api_token=hf_x", "-o", "cat.png"], tmp_path) == 0
+    monkeypatch.setenv("COG_WEIGHTS", "")
+    assert main(["-o", "cat.png"], tmp_path) == 0
+    assert fake.weights == ["/weights.tar", None]
+    assert fake.inputs["civitai_api_token"] is None
+
+
+def test_a_token_is_masked_where_it_is_printed(fake, tmp_path):
+    assert main(["-i", "hf_api_token=hf_x", "-o", "cat.png"], tmp_path) == 0
+    token = fake.inputs["hf_api_token"]
+    assert (str(token), token.get_secret_value()) == ("**********", "hf_x")

@@ -1,6 +1,7 @@
 """Every rule about a request, and what is filled in where it leaves a value open."""
 
 import math
+import re
 from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
@@ -11,7 +12,6 @@ from hypothesis import strategies as st
 
 from generation.base_models import BASE_MODELS, MINIATURE_SDXL, SDXL
 from generation.errors import InvalidRequest
-from generation.images import MAX_IMAGE_PIXELS
 from generation.request import (
     MAX_NUM_INFERENCE_STEPS,
     SIDE_MULTIPLE,
@@ -19,12 +19,16 @@ from generation.request import (
     Margins,
     Mode,
     Refine,
+    WeightsUse,
     nearest_valid_size,
     resolve,
     resolve_mode,
 )
 from generation.schedulers import SCHEDULERS
+from preprocess.images import MAX_IMAGE_PIXELS
 from tests.requests import REQUEST as ANY_REQUEST
+from weights.errors import InvalidSource
+from weights.references import HubRepository, WebFile
 
 REQUEST = replace(ANY_REQUEST, seed=7)
 IMAGE, MASK = Path("image.png"), Path("mask.png")  # never opened
@@ -214,7 +218,9 @@ def test_a_broken_rule_about_images_names_value_rule_and_remedy(change, fragment
         assert fragment in message
 
 
-FLOATS = [f.name for f in fields(GenerationRequest) if "float" in str(f.type)]
+FLOATS = [
+    f.name for f in fields(GenerationRequest) if re.match(r"float\b|<class 'float'>", str(f.type))
+]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -224,7 +230,7 @@ def test_what_is_no_number_is_refused(name, value):
 
 
 def test_the_floats_are_all_there():
-    assert set(FLOATS) == {"guidance_scale", "prompt_strength", "high_noise_frac"}
+    assert set(FLOATS) == {"guidance_scale", "prompt_strength", "high_noise_frac", "lora_scale"}
 
 
 # Sizes
@@ -374,3 +380,61 @@ def test_the_expert_ensemble_keeps_the_share_that_was_asked():
     plan = resolve(request, SDXL, None)
     assert plan.refine.style is Refine.EXPERT_ENSEMBLE
     assert plan.refine.high_noise_frac == 0.65
+
+
+# --- trained weights ------------------------------------------------------------------------------
+
+LORA = "https://files.example/lora.safetensors"
+
+
+def weights_of(**changes):
+    return resolve(replace(REQUEST, **changes), SDXL, None).weights
+
+
+def test_without_names_the_operators_weights_are_used():
+    assert weights_of() == (WeightsUse("replicate_weights", None, 0.6),)
+
+
+def test_every_lora_has_its_scale():
+    uses = weights_of(
+        replicate_weights=f" {LORA} ", lora_scale=-0.5, loras=("a/b", LORA), lora_scales=(2.0, 0.0)
+    )
+    assert [(use.name, use.scale) for use in uses] == [
+        ("replicate_weights", -0.5),
+        ("loras[0]", 2.0),
+        ("loras[1]", 0.0),
+    ]
+    assert [type(use.source) for use in uses] == [WebFile, HubRepository, WebFile]
+    assert [use.scale for use in weights_of(loras=("a/b", LORA))] == [0.6, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "fragments"),
+    [
+        ({"lora_scale": 10.1}, ["lora_scale is 10.1", "from -10.0 to 10.0"]),
+        ({"lora_scale": math.nan}, ["lora_scale is nan"]),
+        ({"loras": ("a/b",), "lora_scales": (-11.0,)}, ["lora_scales[0] is -11.0"]),
+        ({"loras": ("a/b",), "lora_scales": (1.0, 1.0)}, ["2 numbers for 1 loras", "or none"]),
+        ({"lora_scales": (1.0,)}, ["1 numbers for 0 loras"]),
+        ({"loras": ("a/b",) * 9}, ["names 9 files", "at most 8"]),
+        ({"loras": ("a/b", "/etc/passwd")}, ["loras[1]='/etc/passwd'"]),
+        ({"loras": ("",)}, ["loras[0]=''"]),
+        ({"replicate_weights": "http://files.example/a"}, ["replicate_weights=", "https"]),
+        ({"hf_api_token": "two words"}, ["token for hub", "copy it again"]),
+    ],
+)
+def test_wrong_weights_are_refused_before_anything_is_fetched(change, fragments):
+    with pytest.raises((InvalidRequest, InvalidSource)) as raised:
+        resolve(replace(REQUEST, **change), SDXL, None)
+    for fragment in fragments:
+        assert fragment in str(raised.value)
+
+
+def test_an_empty_token_is_none():
+    tokens = resolve(replace(REQUEST, hf_api_token="", civitai_api_token="x"), SDXL, None).tokens
+    assert (tokens.hub, tokens.civitai) == (None, "x")
+
+
+def test_tokens_are_not_shown():
+    request = replace(REQUEST, hf_api_token="hf_secret", civitai_api_token="civ_secret")
+    assert "secret" not in repr(request) + repr(resolve(request, SDXL, None))

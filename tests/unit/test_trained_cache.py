@@ -119,6 +119,40 @@ SAME_KEY = [
 OTHER_KEY = ["?v=2", "?versionId=3", "?st=1", "?token=h&v=4", "?response-content-type=x"]
 
 
+@pytest.mark.parametrize(
+    ("path", "disposition", "name"),
+    [
+        ("/loras/style.safetensors?sig=1", None, "style.safetensors"),
+        ("/a%20b.safetensors", None, "a b.safetensors"),
+        ("/", None, ""),
+        ("/1", 'attachment; filename="style.safetensors"', "style.safetensors"),
+        ("/1", "attachment; filename*=UTF-8''st%C3%BCck.pt", "stück.pt"),
+        ("/1", 'attachment; filename="../../etc/x.tar"', "x.tar"),
+        ("/1", r'attachment; filename="C:\\x.tar"', "x.tar"),
+        ("/1", "attachment", "1"),
+        ("/1", "attachment; filename*=nonsense''%ff%", "ÿ%"),
+    ],
+)
+def test_a_file_keeps_the_name_it_has_where_it_comes_from(
+    web: FakeWeb, path: str, disposition: str | None, name: str
+):
+    headers = (("Content-Disposition", disposition),) if disposition else ()
+    web.pages[path.partition("?")[0]] = web.pages[path] = Page(CONTENT, headers=headers)
+    for _ in range(2):  # fetched, and from the cache
+        with get("https://files.example" + path) as file:
+            assert file.file_name == name
+
+
+def test_the_file_itself_may_name_itself(web: FakeWeb):
+    for parameter, name in (
+        ("", ""),
+        (";name=a/TOK%20x.pt", "TOK x.pt"),
+        (";filename=b.tar", "b.tar"),
+    ):
+        with get(f"data:application/x{parameter};base64,AAAA") as file:
+            assert file.file_name == name
+
+
 def test_the_key_is_the_address_without_its_signature():
     def key(url: str) -> str:
         return sources._key(WebFile("x", url, trusted=False))

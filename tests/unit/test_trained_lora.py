@@ -57,7 +57,8 @@ def test_kohya_names_reach_every_module_of_the_three_parts(tmp_path, sgm):
         f"kohya LoRA ({style} names), with convolutions, rank 4, {len(modules)} modules"
     )
     assert weights.pooling is Pooling.EOS
-    assert not weights.unet
+    assert not weights.parameters
+    assert not weights.checkpoint
     assert not weights.embeddings
 
 
@@ -430,25 +431,13 @@ UNFIT = {
         "a motion module",
     ),
     "VAE": ({"encoder.down_blocks.0.x": DOWN, "decoder.up_blocks.0.y": DOWN}, "is a VAE"),
-    "SDXL checkpoint": (
-        {"conditioner.embedders.0.x": DOWN, "model.diffusion_model.input_blocks.0.0.weight": DOWN},
-        "a full checkpoint of Stable Diffusion XL, not an adapter",
-    ),
-    "SD 1.5 checkpoint": (
-        {"cond_stage_model.transformer.x": DOWN, "model.diffusion_model.out.2.weight": DOWN},
-        "a full checkpoint of Stable Diffusion 1.5, not an adapter",
-    ),
-    "FLUX checkpoint": (
-        {f"model.diffusion_model.double_blocks.{i}.img_attn.proj.weight": DOWN for i in (0, 1)},
-        "a full checkpoint of FLUX",
-    ),
     "FLUX": (
         {"double_blocks.0.img_attn.proj.weight": DOWN, "img_in.weight": DOWN},
-        "a diffusion transformer, not an adapter",
+        "is a diffusion transformer, and cannot be used here",
     ),
     "text encoder": (
         {"text_model.encoder.layers.0.x": DOWN, "text_model.embeddings.y": DOWN},
-        "a text encoder, not an adapter",
+        "is a text encoder, and cannot be used here",
     ),
     "nothing known": ({"weight": DOWN, "bias": UP}, "tensors of no known kind: 'bias', 'weight'"),
 }
@@ -497,17 +486,18 @@ def test_an_sdxl_lora_fits_sdxl_and_not_the_miniature(tmp_path):
 
 def test_a_unet_may_be_whole_or_in_part(tmp_path):
     state = {key: value.half() for key, value in model_parts()["unet"].state_dict().items()}
-    assert read_tensors(tmp_path, state).unet.keys() == state.keys()
+    assert read_tensors(tmp_path, state).parameters.keys() == {f"unet.{key}" for key in state}
     part = {key: state[key] for key in list(state)[:7]}
     weights = read_tensors(tmp_path, part)
-    assert all(torch.equal(weights.unet[key], part[key]) for key in part)
+    assert all(torch.equal(weights.parameters[f"unet.{key}"], part[key]) for key in part)
+    assert not weights.checkpoint
     assert weights.description == "UNet, 7 parameters"
 
 
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ({"conv_in.bias": torch.ones(33)}, "1 of 2 parameters, the first 'conv_in.bias'"),
+        ({"conv_in.bias": torch.ones(33)}, "1 of 2 parameters, the first 'unet.conv_in.bias'"),
         ({"mid_block.strange": torch.ones(3)}, "1 of 3 parameters that this model has not"),
         ({"conv_in.bias": torch.ones(32, dtype=torch.int64)}, "of type I64"),
         ({f"{ATTN2}.to_k.weight": torch.ones(640, 2048)}, "for Stable Diffusion XL"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from generation.errors import InvalidRequest
+from preprocess.errors import BadPicture
 
 MAX_IMAGE_PIXELS = 64_000_000  # a 48-megapixel phone photo fits
 
@@ -74,7 +74,7 @@ def read_image(path: Path, name: str) -> SourceImage:
         name: of the input, for messages.
 
     Raises:
-        InvalidRequest: if there is no picture, it cannot be decoded, or has too many pixels.
+        BadPicture: if there is no picture, it cannot be decoded, or has too many pixels.
     """
     decoded = _decode(path, name)
     rgb = _to_srgb(decoded, name)
@@ -91,7 +91,7 @@ def read_mask(path: Path, name: str) -> Image.Image:
     Luminance (ITU-R BT.601) of the values as stored: a mask has no colours to manage.
 
     Raises:
-        InvalidRequest: as `read_image`.
+        BadPicture: as `read_image`.
     """
     decoded = _decode(path, name)
     colour = decoded.colour.convert("RGB") if decoded.colour.mode == "CMYK" else decoded.colour
@@ -105,18 +105,18 @@ def _decode(path: Path, name: str) -> _Decoded:
     """The first frame, upright, in few modes.
 
     Raises:
-        InvalidRequest: as `read_image`.
+        BadPicture: as `read_image`.
     """
     if not path.is_file():
         what = "a folder" if path.is_dir() else "missing: its file does not exist"
-        raise InvalidRequest(f"{name} is {what}; {_REMEDY}")
+        raise BadPicture(f"{name} is {what}; {_REMEDY}")
     with path.open("rb") as file, _decoding_errors(name):
         # A file object, not a path: Pillow would map the file into memory, and name it in errors.
         try:
             image = Image.open(file, formats=_formats())
         except UnidentifiedImageError as error:
             file.seek(0)
-            raise InvalidRequest(_unknown(file.read(64), path.stat().st_size, name)) from error
+            raise BadPicture(_unknown(file.read(64), path.stat().st_size, name)) from error
         _check_size(image.size, name)
         with image:
             _scale_colour_key(image)
@@ -132,22 +132,22 @@ def _decode(path: Path, name: str) -> _Decoded:
 
 @contextmanager
 def _decoding_errors(name: str) -> Iterator[None]:
-    """Whatever a decoder raises becomes InvalidRequest; Pillow's warnings are kept quiet."""
+    """Whatever a decoder raises becomes BadPicture; Pillow's warnings are kept quiet."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # Pillow's own limit is higher than ours; it also holds for pictures inside an icon.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
-    except InvalidRequest:
+    except BadPicture:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         claimed = re.search(r"\d+", str(error))
-        raise InvalidRequest(_too_many_pixels(claimed[0] if claimed else "more", name)) from error
+        raise BadPicture(_too_many_pixels(claimed[0] if claimed else "more", name)) from error
     # Decoders let anything out: OSError, SyntaxError, struct.error, IndexError, MemoryError ...
     except Exception as error:
         why = " ".join(str(error).split()) or type(error).__name__
-        raise InvalidRequest(
+        raise BadPicture(
             f"{name} is a damaged picture: {why}; "
             "send the whole file, or save it anew as PNG or JPEG"
         ) from error
@@ -187,7 +187,7 @@ def _check_size(size: tuple[int, int], name: str) -> None:
     """Before decoding: a few bytes can claim to be a picture that fills the memory."""
     width, height = size
     if width * height > MAX_IMAGE_PIXELS:
-        raise InvalidRequest(_too_many_pixels(f"{width}x{height} = {width * height}", name))
+        raise BadPicture(_too_many_pixels(f"{width}x{height} = {width * height}", name))
 
 
 def _too_many_pixels(count: str, name: str) -> str:

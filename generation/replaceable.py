@@ -1,0 +1,123 @@
+"""Replaceable weights: from what a request names to adapters that a loaded model can wear."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from generation.adapters import Adapter, AdapterSlot, replace_trigger_words, with_own_tokens
+from generation.errors import InvalidRequest
+from generation.request import WeightsUse
+from weights import sources
+from weights.references import OPERATOR, Source, Tokens
+from weights.trained import ModelShapes, TrainedWeights, read_trained
+from weights.trained_types import TEXT_ENCODERS, UNET
+
+MEMORY_BYTES = 2_000_000_000  # of weights kept in memory: some ten LoRAs of rank 32 for SDXL
+
+
+class Shelf:
+    """The weights that were used last, as many as fit into a number of bytes."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._kept: OrderedDict[tuple[str, str], TrainedWeights] = OrderedDict()
+
+    def get(self, key: tuple[str, str]) -> TrainedWeights | None:
+        """What was put there, if it is there still."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
+
+    def put(self, key: tuple[str, str], weights: TrainedWeights) -> None:
+        """Keep the weights, unless they alone are too many bytes."""
+        if weights.n_bytes > self._limit_bytes:
+            return
+        self._kept[key] = weights
+        while sum(kept.n_bytes for kept in self._kept.values()) > self._limit_bytes:
+            self._kept.popitem(last=False)
+
+
+class ReplaceableWeights:
+    """What requests and the operator put into one loaded model."""
+
+    def __init__(self, parts: Mapping[str, object]) -> None:
+        self._slot = AdapterSlot(parts)
+        named = {part: parts[part] for part in (UNET, *TEXT_ENCODERS)}
+        self._shapes = ModelShapes.of({k: m for k, m in named.items() if isinstance(m, nn.Module)})
+        self._shelf = Shelf(MEMORY_BYTES)
+        self._operators: TrainedWeights | None = None
+
+    def set_up(self, source: Source, tokens: Tokens) -> None:
+        """Take the operator's weights: the default of every request that names none.
+
+        A whole checkpoint becomes the model itself, for good: what requests name goes on top of it.
+        Raises a WeightsError.
+        """
+        weights = self._read(OPERATOR, source, tokens)
+        if weights.checkpoint:
+            self._slot.replace_base(weights.parameters)
+        else:
+            self._operators = weights
+
+    def read(self, uses: Sequence[WeightsUse], tokens: Tokens) -> list[Adapter]:
+        """Fetch and check what a request uses, before anything is changed.
+
+        Raises:
+            InvalidRequest: a whole model is named where only what goes on top of one can be.
+            WeightsError: it cannot be fetched or read, or is for another model.
+        """
+        adapters, names = [], []
+        for k, use in enumerate(uses):
+            weights = self._operators
+            if use.source is not None:
+                weights = self._read(use.name, use.source, tokens)
+                if k > 0 and weights.parameters:
+                    raise InvalidRequest(
+                        f"{use.name} is {weights.description}: it takes the model's place and"
+                        " cannot be combined with others in loras; give it as replicate_weights"
+                    )
+            if weights is not None:
+                adapters.append(Adapter(weights, use.scale))
+                names.append(use.name)
+        adapters = with_own_tokens(adapters)
+        _tell_taken_words(adapters, names)
+        return adapters
+
+    @contextmanager
+    def applied(self, adapters: Sequence[Adapter]) -> Iterator[Mapping[str, object]]:
+        """The model with these adapters; yields the tokenizers that know their words."""
+        stay = all(adapter.weights is self._operators for adapter in adapters)
+        with self._slot.applied(adapters, stay) as own:
+            yield own
+
+    def _read(self, name: str, source: Source, tokens: Tokens) -> TrainedWeights:
+        with sources.fetch(source, tokens) as file:
+            key = (file.digest, file.file_name)
+            weights = self._shelf.get(key)
+            if weights is None:
+                weights = read_trained(file.path, name, self._shapes, file.file_name)
+                self._shelf.put(key, weights)
+        print(f"{name}: {weights.description}")
+        return weights
+
+
+def _tell_taken_words(adapters: Sequence[Adapter], names: Sequence[str]) -> None:
+    """All of cog-sdxl's archives say TOK: say what to type for the second one's."""
+    taken: set[str] = set()
+    for adapter, name in zip(adapters, names, strict=True):
+        words = adapter.weights.trigger_words
+        for word in sorted(taken & words.keys()):
+            print(f"{name}: {word!r} is another one's word too; for its own write {words[word]}")
+        taken |= words.keys()
+
+
+def replace_all_trigger_words(prompt: str, adapters: Sequence[Adapter]) -> str:
+    """The prompt with every adapter's words; where two have the same, the first one's counts."""
+    words: dict[str, str] = {}
+    for adapter in adapters:
+        words = {**adapter.weights.trigger_words, **words}
+    return replace_trigger_words(prompt, words)
