@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from script.tools.predict import parse_inputs
+from script.tools.arguments import parse_inputs
 from script.tools.schema import document
 from weights.miniature.world import Scene, render
 
@@ -115,7 +115,7 @@ def make(names: list[str]) -> None:
                     files.append(f"{key}=@{key}.png")
                 for variant in entry.variants:
                     flags = [*entry.flags, variant, *files]
-                    inputs = parse_inputs(flags, schema, Path(folder))
+                    inputs = parse_inputs(flags, schema, "Input", Path(folder))
                     (result,) = predictor.predict(
                         **{k: CogPath(v) if isinstance(v, Path) else v for k, v in inputs.items()}
                     )

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from script.tools import predict as tool
-from script.tools.predict import UsageError, main, parse_inputs, place
+from script.tools.arguments import UsageError, parse_inputs
+from script.tools.predict import main, place
 from script.tools.schema import document
 
 ROOT = Path(__file__).parents[2]
@@ -32,12 +33,12 @@ MADE_UP = {  # input kinds that predict.py does not have
 
 
 def parse(*flags):
-    return parse_inputs(list(flags), SCHEMA, ROOT)
+    return parse_inputs(list(flags), SCHEMA, "Input", ROOT)
 
 
 def refusal(*flags, schema=SCHEMA, directory=ROOT):
     with pytest.raises(UsageError) as raised:
-        parse_inputs(list(flags), schema, directory)
+        parse_inputs(list(flags), schema, "Input", directory)
     return str(raised.value)
 
 
@@ -98,10 +99,10 @@ def test_what_the_server_would_refuse_is_refused_by_name(flag, message):
 
 def test_a_file_is_given_with_an_at_sign_relative_to_the_caller(tmp_path):
     (tmp_path / "cat.png").write_bytes(b"x")
-    parsed = parse_inputs(["image=@cat.png"], MADE_UP, tmp_path)
+    parsed = parse_inputs(["image=@cat.png"], MADE_UP, "Input", tmp_path)
     assert parsed["image"] == tmp_path / "cat.png"
     assert parsed["mask"] is None
-    absolute = parse_inputs([f"image=@{tmp_path}/cat.png"], MADE_UP, ROOT)
+    absolute = parse_inputs([f"image=@{tmp_path}/cat.png"], MADE_UP, "Input", ROOT)
     assert absolute["image"] == tmp_path / "cat.png"
     assert "image: there is no file" in refusal(
         "image=@dog.png", schema=MADE_UP, directory=tmp_path
@@ -113,7 +114,7 @@ def test_a_file_is_given_with_an_at_sign_relative_to_the_caller(tmp_path):
 def test_the_other_kinds_are_json(tmp_path):
     (tmp_path / "cat.png").write_bytes(b"x")
     flags = ["image=@cat.png", "refine=true", 'words=["a", "b"]', "factor=4"]
-    parsed = parse_inputs(flags, MADE_UP, tmp_path)
+    parsed = parse_inputs(flags, MADE_UP, "Input", tmp_path)
     assert (parsed["refine"], parsed["words"], parsed["factor"]) == (True, ["a", "b"], 4)
     messages = {
         "refine=yes": "refine is 'yes'; it must be of type boolean",
@@ -127,7 +128,7 @@ def test_the_other_kinds_are_json(tmp_path):
 def test_a_list_may_be_one_flag_for_each_item(tmp_path):
     (tmp_path / "cat.png").write_bytes(b"x")
     flags = ["image=@cat.png", "words=a", "words=b, c", "words=@home"]
-    assert parse_inputs(flags, MADE_UP, tmp_path)["words"] == ["a", "b, c", "@home"]
+    assert parse_inputs(flags, MADE_UP, "Input", tmp_path)["words"] == ["a", "b, c", "@home"]
     assert parse("lora_scales=1", "lora_scales=-0.5")["lora_scales"] == [1, -0.5]
     assert refusal("lora_scales=x") == "lora_scales is 'x'; it must be of type number"
 
@@ -135,9 +136,9 @@ def test_a_list_may_be_one_flag_for_each_item(tmp_path):
 def test_a_text_may_be_a_file_that_is_there(tmp_path):
     (tmp_path / "my lora.tar").write_bytes(b"abc")
     url = "data:application/octet-stream;name=my%20lora.tar;base64,YWJj"
-    parsed = parse_inputs(["replicate_weights=@my lora.tar"], SCHEMA, tmp_path)
+    parsed = parse_inputs(["replicate_weights=@my lora.tar"], SCHEMA, "Input", tmp_path)
     assert parsed["replicate_weights"] == url
-    assert parse_inputs(["loras=@my lora.tar"], SCHEMA, tmp_path)["loras"] == [url]
+    assert parse_inputs(["loras=@my lora.tar"], SCHEMA, "Input", tmp_path)["loras"] == [url]
 
 
 @pytest.fixture
