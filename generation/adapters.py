@@ -48,15 +48,6 @@ def _renamed(adapter: Adapter, number: int) -> Adapter:
     return replace(adapter, weights=replace(weights, embeddings=embeddings, trigger_words=words))
 
 
-def replace_trigger_words(prompt: str, words: Mapping[str, str]) -> str:
-    """Trigger words to their placeholder tokens, at word boundaries: TOK, but not TOKYO."""
-    if not words:
-        return prompt
-    longest_first = sorted(words, key=len, reverse=True)
-    pattern = "|".join(re.escape(word) for word in longest_first)
-    return re.sub(rf"(?<!\w)(?:{pattern})(?!\w)", lambda match: words[match[0]], prompt)
-
-
 class AdapterSlot:
     """The only place that changes a loaded model's modules.
 
@@ -143,13 +134,13 @@ class AdapterSlot:
             return {}
         tokens = tuple(token for v in vectors for token in v.placeholder_tokens)
         for part in _TOKENIZERS:
-            if any(part in v.vectors for v in vectors):
-                self._append_rows(part, vectors)
+            self._append_rows(part, vectors)
         if all(w.pooling is Pooling.EOS for w in trained if w.embeddings):
             self._pool_at_the_end()
         return {_TOKENIZERS[part]: self._tokenizer(part, tokens) for part in self._embeddings}
 
     def _append_rows(self, part: str, vectors: Sequence[TokenVectors]) -> None:
+        """Rows for all tokens: zeros for those that were trained for the other encoder alone."""
         embedding = self._parts[part].get_input_embeddings()  # type: ignore[attr-defined]
         own = embedding.weight
         rows = [
@@ -218,5 +209,6 @@ def merged(parameter: Tensor, delta: LoraDelta, scale: float) -> Tensor:
         magnitude = delta.dora_scale.to(weight)
         weight = weight.view(parameter.shape)
         over = [d for d in range(weight.ndim) if magnitude.shape[d] == 1]
-        weight = weight * (magnitude / weight.norm(dim=over, keepdim=True))
+        norm = torch.linalg.vector_norm(weight, dim=over, keepdim=True)
+        weight = weight * (magnitude / norm)
     return weight.view(parameter.shape)

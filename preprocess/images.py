@@ -13,29 +13,9 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from preprocess.errors import BadPicture
+from preprocess.picture_formats import REMEDY, describe_unknown, readable_formats
 
 MAX_IMAGE_PIXELS = 64_000_000  # a 48-megapixel phone photo fits
-
-# All of Pillow's raster formats that a magic number tells apart. AVIF before HEIF: both claim the
-# brand mif1, and only AVIF's plugin gives way. TGA has no magic number and comes last. Not here:
-# EPS, which runs Ghostscript; WMF, MPEG and the stubs, which decode nothing; scientific formats.
-_FORMATS = (
-    *("PNG", "JPEG", "WEBP", "GIF", "AVIF", "HEIF", "TIFF", "BMP", "JPEG2000", "ICO", "ICNS"),
-    *("CUR", "DIB", "PPM", "PSD", "QOI", "DDS", "PCX", "DCX", "SGI", "SUN", "XBM", "XPM", "MSP"),
-    *("BLP", "FTEX", "FLI", "GBR", "PIXAR", "TGA"),
-)
-_REMEDY = "send a PNG, JPEG, WebP, GIF, AVIF, HEIC, TIFF or BMP file"
-_OTHER_CONTENT = {  # beginnings, in lower case, of what is sent by mistake
-    b"%pdf": "a PDF document",
-    b"%!ps": "a PostScript document",
-    b"pk\x03\x04": "a ZIP archive",
-    b"<svg": "an SVG drawing",
-    b"<?xml": "an XML or SVG document",
-    b"<!doctype html": "a web page",
-    b"<html": "a web page",
-    b"\x1a\x45\xdf\xa3": "a video",
-    b"{": "JSON",
-}
 
 # How stored pixels are turned for EXIF's Orientation (tag 274 of TIFF 6.0), as in Pillow's
 # ImageOps.exif_transpose, which fails on an EXIF block that is damaged elsewhere.
@@ -49,6 +29,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = tuple(_TURNS[orientation] for orientation in (5, 6, 7, 8))
 
 
 @dataclass(frozen=True)
@@ -101,33 +82,53 @@ def read_mask(path: Path, name: str) -> Image.Image:
     return Image.composite(luminance, Image.new("L", luminance.size, 0), decoded.alpha)
 
 
+def read_size(path: Path, name: str) -> tuple[int, int]:
+    """Width and height in pixels, upright, by a picture's header; few formats decode more for it.
+
+    Raises:
+        BadPicture: if there is no picture, or it has too many pixels.
+    """
+    with _opened(path, name) as image:
+        width, height = image.size
+        # Pillow turns TIFF itself, and says so beforehand.
+        sideways = image.format != "TIFF" and _turn(image) in _SIDEWAYS
+        return (height, width) if sideways else (width, height)
+
+
 def _decode(path: Path, name: str) -> _Decoded:
     """The first frame, upright, in few modes.
 
     Raises:
         BadPicture: as `read_image`.
     """
-    if not path.is_file():
-        what = "a folder" if path.is_dir() else "missing: its file does not exist"
-        raise BadPicture(f"{name} is {what}; {_REMEDY}")
-    with path.open("rb") as file, _decoding_errors(name):
-        # A file object, not a path: Pillow would map the file into memory, and name it in errors.
-        try:
-            image = Image.open(file, formats=_formats())
-        except UnidentifiedImageError as error:
-            file.seek(0)
-            raise BadPicture(_unknown(file.read(64), path.stat().st_size, name)) from error
-        _check_size(image.size, name)
-        with image:
-            _scale_colour_key(image)
-            image.load()
-            upright = _upright(image)
+    with _opened(path, name) as image:
+        _scale_colour_key(image)
+        image.load()
+        upright = _upright(image)
         colour, alpha = _split(upright)
         if alpha is not None and alpha.getextrema() == (255, 255):
             alpha = None
         # What was LAB is already sRGB.
         profile = None if upright.mode == "LAB" else upright.info.get("icc_profile")
         return _Decoded(colour, alpha, profile)
+
+
+@contextmanager
+def _opened(path: Path, name: str) -> Iterator[Image.Image]:
+    """A picture whose header is read; what its decoder raises in the block becomes BadPicture."""
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "missing: its file does not exist"
+        raise BadPicture(f"{name} is {what}; {REMEDY}")
+    with path.open("rb") as file, _decoding_errors(name):
+        # A file object, not a path: Pillow would map the file into memory, and name it in errors.
+        try:
+            image = Image.open(file, formats=readable_formats())
+        except UnidentifiedImageError as error:
+            file.seek(0)
+            raise BadPicture(describe_unknown(file.read(64), path.stat().st_size, name)) from error
+        _check_size(image.size, name)
+        with image:
+            yield image
 
 
 @contextmanager
@@ -151,36 +152,6 @@ def _decoding_errors(name: str) -> Iterator[None]:
             f"{name} is a damaged picture: {why}; "
             "send the whole file, or save it anew as PNG or JPEG"
         ) from error
-
-
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """What `Image.open` may try; registers HEIF, at first use to keep the import cheap."""
-    from pillow_heif import register_heif_opener
-
-    register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
-    return _FORMATS
-
-
-def _unknown(beginning: bytes, size: int, name: str) -> str:
-    """The message about a file that no decoder takes. Never shows the content itself."""
-    if size == 0:
-        return f"{name} is an empty file (0 bytes); {_REMEDY}"
-    start = beginning.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    found = (what for magic, what in _OTHER_CONTENT.items() if start.startswith(magic))
-    damaged = (
-        f"{kind} with a damaged beginning or no pixels"
-        for kind in _FORMATS
-        if _claims(kind, beginning)
-    )
-    what = next(found, next(damaged, "of an unknown kind"))
-    return f"{name} is not a picture that can be read ({size} bytes, {what}); {_REMEDY}"
-
-
-def _claims(kind: str, beginning: bytes) -> bool:
-    """Whether a file that begins so is of this format, by its magic number."""
-    accept = Image.OPEN[kind][1]
-    return accept is not None and bool(accept(beginning[:16].ljust(16, b"\0")))
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:
@@ -213,12 +184,17 @@ def _scale_colour_key(image: Image.Image) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """A copy in memory, turned as its EXIF data say; damaged EXIF data say nothing."""
-    try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # of a metadata parser: as varied as the decoders'
-        turn = None
+    """A copy in memory, turned as its EXIF data say."""
+    turn = _turn(image)
     return image.copy() if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """How EXIF data say that a picture is to be turned; damaged ones say nothing."""
+    try:
+        return _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # of a metadata parser: as varied as the decoders'
+        return None
 
 
 def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:

@@ -1,11 +1,7 @@
 """Files of trained weights, good and hostile, made in code: the repository holds none."""
 
 import functools
-import gzip
-import io
 import json
-import tarfile
-import zipfile
 from pathlib import Path
 
 import torch
@@ -14,6 +10,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from tests.packed import gz_bytes, tar_bytes, tar_info, zip_bytes  # noqa: F401
 from weights.lora_names import to_sgm
 from weights.miniature.architecture import TEXT_WIDTH, build_text_encoders, build_unet
 from weights.trained import LoraDelta, ModelShapes, TrainedWeights, read_trained
@@ -268,38 +265,3 @@ def raw_safetensors(header: object, data: bytes = b"") -> bytes:
 
 def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict[str, object]:
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-
-
-def tar_bytes(members, format=tarfile.PAX_FORMAT) -> bytes:  # noqa: A002
-    """A tar of {name: content}, or of (TarInfo, content) pairs in order."""
-    pairs = members.items() if isinstance(members, dict) else members
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w", format=format) as tar:
-        for info, content in pairs:
-            if isinstance(info, str):
-                info = tarfile.TarInfo(info)
-                info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return stream.getvalue()
-
-
-def tar_info(name: str, kind: bytes = tarfile.REGTYPE, **fields: object) -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type = kind
-    for field, value in fields.items():
-        setattr(info, field, value)
-    return info
-
-
-def zip_bytes(members, compression=zipfile.ZIP_DEFLATED) -> bytes:
-    """A zip of {name: content}, or of (ZipInfo, content) pairs in order."""
-    pairs = members.items() if isinstance(members, dict) else members
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", compression) as archive:
-        for info, content in pairs:
-            archive.writestr(info, content, compression)
-    return stream.getvalue()
-
-
-def gz_bytes(content: bytes) -> bytes:
-    return gzip.compress(content, 9, mtime=0)

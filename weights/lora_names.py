@@ -106,8 +106,7 @@ _OLD_TEXT_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_pr
 def _spell_text(part: str, path: str) -> list[tuple[str, str]]:
     # transformers 5 has dropped the level "text_model" from CLIPTextModel, and kept it in
     # CLIPTextModelWithProjection; files have it for both, except at the projection.
-    bare = path.removeprefix("text_model.")
-    full = bare if bare.startswith("text_projection") else f"text_model.{bare}"
+    bare, full = path.removeprefix("text_model."), _full_text_path(path)
     kohya = "lora_te1_" if part == "text_encoder" else "lora_te2_"
     found = []
     for name in {bare, full}:
@@ -121,6 +120,11 @@ def _spell_text(part: str, path: str) -> list[tuple[str, str]]:
         if head.endswith("self_attn"):
             found.append((f"{part}.{head}.{_OLD_TEXT_NAMES[last]}", "diffusers LoRA (old names)"))
     return found
+
+
+def _full_text_path(path: str) -> str:
+    bare = path.removeprefix("text_model.")
+    return bare if bare.startswith("text_projection") else f"text_model.{bare}"
 
 
 def layers_per_block(names: Iterable[str]) -> int:
@@ -180,3 +184,18 @@ def to_sgm(path: str, layers_per_block: int) -> str:
     if kind == "upsamplers":  # behind the attention, which all but SDXL's last block have
         return f"output_blocks.{first + layers_per_block}.2.{rest}"
     return f"output_blocks.{first + index}.{int(kind == 'attentions')}.{rest}"
+
+
+def to_kohya(module: str, layers_per_block: int) -> str:
+    """A module's name in kohya's files, with Stability's names in the UNet. "<part>.<path>"."""
+    part, path = module.split(".", 1)
+    if part == UNET:
+        return "lora_unet_" + to_sgm(path, layers_per_block).replace(".", "_")
+    prefix = "lora_te1_" if part == "text_encoder" else "lora_te2_"
+    return prefix + _full_text_path(path).replace(".", "_")
+
+
+def to_cog_sdxl(module: str) -> str:
+    """An attention matrix of the UNet in cog-sdxl's files, up to ".down.weight"."""
+    path = module.removeprefix("unet.").replace(".to_out.0", ".to_out")
+    return re.sub(r"\.(attn[12])\.", r".\1.processor.", path) + "_lora"

@@ -64,18 +64,26 @@ def find_container(path: Path, suffix: str, name: str) -> Container:
         start = file.read(512)
     if not start:
         raise BadWeights(f"{name} is empty: the download may have failed. {READABLE}.")
+    packed = find_archive(start)
+    # Before gzip and pickle: a header's length may begin with their signatures.
+    if start[8:9] == b"{" and packed in (None, Container.TAR_GZ):
+        return Container.SAFETENSORS
+    if packed is not None:
+        return packed
+    if _PICKLE.match(start):
+        raise BadWeights(f"{name} is {PICKLE_REFUSED}.")
+    raise BadWeights(
+        f"{name} is {describe(start) or 'neither safetensors, tar nor zip'}. {READABLE}."
+    )
+
+
+def find_archive(start: bytes) -> Container | None:
+    """Which archive a file is that begins so, with 512 bytes or all that it has; None for none."""
     if start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
         return Container.ZIP
     if _is_tar(start):
         return Container.TAR
-    # Before gzip and pickle: a header's length may begin with their signatures.
-    if start[8:9] == b"{":
-        return Container.SAFETENSORS
-    if start[:2] == b"\x1f\x8b":
-        return Container.TAR_GZ
-    if _PICKLE.match(start):
-        raise BadWeights(f"{name} is {PICKLE_REFUSED}.")
-    raise BadWeights(f"{name} is {_describe_bytes(start)}. {READABLE}.")
+    return Container.TAR_GZ if start[:2] == b"\x1f\x8b" else None
 
 
 def _is_tar(start: bytes) -> bool:
@@ -86,7 +94,8 @@ def _is_tar(start: bytes) -> bool:
     return True
 
 
-def _describe_bytes(start: bytes) -> str:
+def describe(start: bytes) -> str | None:
+    """What a file that begins so is, of what is sent by mistake; None if it does not tell."""
     for signature, what in _SIGNATURES:
         if start.startswith(signature):
             return what
@@ -97,7 +106,7 @@ def _describe_bytes(start: bytes) -> str:
         return "a git LFS pointer, not the file it stands for"
     if text.startswith((b"{", b"[")):
         return "a JSON text"
-    return "neither safetensors, tar nor zip"
+    return None
 
 
 _ADAPTER_KINDS: tuple[tuple[str, str], ...] = (

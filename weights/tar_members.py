@@ -21,10 +21,11 @@ from tarfile import (
 )
 from typing import Protocol
 
-from weights.errors import BadWeights
-
 MAX_EXTENDED_HEADER_BYTES = 100_000
 _PIECE_BYTES = 1_000_000
+
+# What is wrong with an archive and its remedy → the error to raise.
+Complaint = Callable[[str, str], Exception]
 
 
 class Readable(Protocol):
@@ -53,18 +54,18 @@ class TarEntry:
 
 
 def read_tar(
-    stream: Readable, count_bytes: Callable[[int], None], subject: str
+    stream: Readable, count_bytes: Callable[[int], None], bad: Complaint
 ) -> Iterator[TarEntry]:
     """Every member but the extended headers, which are applied to the one that they describe.
 
-    `count_bytes` hears of every byte read and may stop it. Raises BadWeights.
+    `count_bytes` hears of every byte read and may stop it. Raises what `bad` makes of a fault.
     """
 
     def read(n: int) -> bytes:
         count_bytes(n)
         data = stream.read(n)
         if len(data) != n:
-            raise BadWeights(f"{subject} is cut short. Get it again.")
+            raise bad("is cut short", "Get it again")
         return data
 
     extended: dict[str, str] = {}
@@ -74,33 +75,31 @@ def read_tar(
         count_bytes(len(block))
         if not block or block.count(NUL) == BLOCKSIZE:
             return
-        header = _parse(block, subject)
+        header = _parse(block, bad)
         if header.type in (XHDTYPE, XGLTYPE, GNUTYPE_LONGNAME, GNUTYPE_LONGLINK):
             extended_headers += 1
             if header.size > MAX_EXTENDED_HEADER_BYTES or extended_headers > 4:
-                raise BadWeights(f"{subject} has outsized extended headers. Pack it again as tar.")
-            extended |= _parse_extended(header, read(_padded(header.size)), subject)
+                raise bad("has outsized extended headers", "Pack it again as tar")
+            extended |= _parse_extended(header, read(_padded(header.size)), bad)
             continue
-        entry = _entry(header, extended, read, subject)
+        entry = _entry(header, extended, read, bad)
         yield entry
         _skip(entry, read)
         extended, extended_headers = {}, 0
 
 
-def _parse(block: bytes, subject: str) -> TarInfo:
+def _parse(block: bytes, bad: Complaint) -> TarInfo:
     try:
         header = TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (HeaderError, ValueError) as error:
         detail = "is no readable tar" if len(block) == BLOCKSIZE else "is cut short"
-        raise BadWeights(
-            f"{subject} {detail} ({error}). Get it again, or pack it as tar."
-        ) from error
+        raise bad(f"{detail} ({error})", "Get it again, or pack it as tar") from error
     if header.size < 0:
-        raise BadWeights(f"{subject} has a member of negative size. Pack it again as tar.")
+        raise bad("has a member of negative size", "Pack it again as tar")
     return header
 
 
-def _parse_extended(header: TarInfo, data: bytes, subject: str) -> dict[str, str]:
+def _parse_extended(header: TarInfo, data: bytes, bad: Complaint) -> dict[str, str]:
     data = data[: header.size]
     if header.type == GNUTYPE_LONGNAME:
         return {"path": data.rstrip(NUL).decode("utf-8", "surrogateescape")}
@@ -117,18 +116,18 @@ def _parse_extended(header: TarInfo, data: bytes, subject: str) -> dict[str, str
             key, _, value = record.decode("utf-8", "surrogateescape").partition("=")
             fields[key] = value
     except ValueError as error:
-        raise BadWeights(f"{subject} has a damaged pax header ({error}). Get it again.") from error
+        raise bad(f"has a damaged pax header ({error})", "Get it again") from error
     # A global header (git archive writes one) describes no single member: nothing in it is ours.
     return {} if header.type == XGLTYPE else fields
 
 
 def _entry(
-    header: TarInfo, extended: dict[str, str], read: Callable[[int], bytes], subject: str
+    header: TarInfo, extended: dict[str, str], read: Callable[[int], bytes], bad: Complaint
 ) -> TarEntry:
     size = header.size
     if "size" in extended:
         if not (extended["size"].isascii() and extended["size"].isdigit()):
-            raise BadWeights(f"{subject} has a member of unreadable size. Pack it again as tar.")
+            raise bad("has a member of unreadable size", "Pack it again as tar")
         size = int(extended["size"][:20])
     if header.type == DIRTYPE:
         size = 0  # a quota, if anything: no content follows

@@ -46,6 +46,7 @@ from weights.trained_types import (
     TokenVectors,
     TrainedWeights,
 )
+from weights.trigger_words import MAX_TRIGGER_CHARACTERS, can_be_typed
 
 __all__ = [
     "LoraDelta",
@@ -58,7 +59,6 @@ __all__ = [
 ]
 
 POOLING_HEADER_KEY = "pooling"  # our own, in the metadata of any safetensors file of an archive
-MAX_TRIGGER_CHARACTERS = 100
 MAX_TRIGGERS = 100
 _ANOTHER = "Use one that was trained for this model"
 
@@ -154,7 +154,7 @@ def _check_trigger(name: str, word: str) -> None:
             f"{name} is a textual inversion whose trigger word is the file's name, and it came"
             " without one. In a data: URL, write data:;name=word.safetensors;base64,..."
         )
-    if not word.strip() or not word.isprintable() or len(word) > MAX_TRIGGER_CHARACTERS:
+    if not can_be_typed(word):
         raise BadWeights(
             f"{name} has the trigger word {quote(word)}, which nobody can type: it has to be 1 to"
             f" {MAX_TRIGGER_CHARACTERS} printable characters. Rename it."

@@ -1,5 +1,6 @@
 """The real engine on the embedded weights, on the CPU."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,8 +11,10 @@ from PIL import Image
 
 import generation.engine
 from generation.engine import Engine, GenerationResult
+from tests.miniature.stock import PROMPT, SEED, SETTINGS, SIZE, File, copy_of, draw
 from tests.requests import REQUEST
 from weights.catalog import Edition
+from weights.miniature.evaluate import FOLDER, load_pipeline
 
 RED_ON_BLUE = replace(REQUEST, num_inference_steps=8)
 
@@ -53,3 +56,37 @@ def make(engine, tmp_path, monkeypatch) -> Callable[..., Made]:
         return Made(result, pictures, [path.read_bytes() for path in result.files], seen[-1])
 
     return make
+
+
+# Trained weights beside stock diffusers (tests/miniature/stock.py)
+
+
+@pytest.fixture(scope="session")
+def pristine():
+    """A stock pipeline; nothing may be loaded into it."""
+    return load_pipeline(FOLDER)
+
+
+@pytest.fixture
+def stock(pristine):
+    """A stock pipeline to load things into."""
+    return copy_of(pristine)
+
+
+@pytest.fixture(scope="session")
+def plain(pristine) -> Callable[..., torch.Tensor]:
+    """`plain("a cat")`: stock's latents of the prompt without any weights."""
+    return functools.cache(functools.partial(draw, pristine))
+
+
+@pytest.fixture
+def adapted(make, monkeypatch, tmp_path_factory) -> Callable[..., torch.Tensor]:
+    """`adapted(file, 0.5, ...)`: our latents with the file as replicate_weights at that scale."""
+    monkeypatch.setenv("WEIGHTS_CACHE", str(tmp_path_factory.getbasetemp() / "brought"))
+
+    def adapted(file: File | None, scale: float = 1.0, **changes: object) -> torch.Tensor:
+        request = {"prompt": PROMPT, "seed": SEED, **SETTINGS, **SIZE, **changes}
+        url = file.url if file else ""
+        return make(replicate_weights=url, lora_scale=scale, **request).latents
+
+    return adapted

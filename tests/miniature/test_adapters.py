@@ -1,19 +1,18 @@
-"""Trained weights in the shared modules: what stock diffusers makes of them, and no trace after."""
+"""Trained weights in the shared modules: applied, and no trace after."""
 
 import hashlib
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from generation.adapters import Adapter, AdapterSlot, replace_trigger_words, with_own_tokens
+from generation.adapters import Adapter, AdapterSlot, with_own_tokens
 from generation.base_models import MINIATURE_SDXL
 from tests.trained_files import cog_members, kohya_tensors, tar_bytes
-from weights.miniature.evaluate import FOLDER, load_pipeline
+from weights.miniature.evaluate import FOLDER
 from weights.trained import ModelShapes, Pooling, read_trained
+from weights.trigger_words import replace_trigger_words
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 PROMPT = "a large red circle on a blue background"
@@ -49,16 +48,6 @@ def draw(parts, prompt=PROMPT, **own) -> torch.Tensor:
     pipeline = StableDiffusionXLPipeline(
         **{**parts, **own}, scheduler=scheduler, add_watermarker=False
     )
-    return _four_steps(pipeline, prompt)
-
-
-def load_scheduler():
-    from diffusers import EulerDiscreteScheduler
-
-    return EulerDiscreteScheduler.from_pretrained(FOLDER / "scheduler")
-
-
-def _four_steps(pipeline, prompt) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         prompt,
@@ -68,33 +57,10 @@ def _four_steps(pipeline, prompt) -> torch.Tensor:
     ).images
 
 
-@pytest.fixture(scope="module")
-def diffusers_lora(tmp_path_factory):
-    """A LoRA of UNet and first text encoder, random and strong, saved by diffusers itself."""
-    folder = tmp_path_factory.mktemp("lora")
-    pipeline = load_pipeline(FOLDER)
-    torch.manual_seed(0)
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    pipeline.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=targets))
-    for name, parameter in pipeline.unet.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    StableDiffusionXLPipeline.save_lora_weights(
-        folder, unet_lora_layers=get_peft_model_state_dict(pipeline.unet)
-    )
-    return folder / "pytorch_lora_weights.safetensors"
+def load_scheduler():
+    from diffusers import EulerDiscreteScheduler
 
-
-@pytest.mark.parametrize("scale", [1.0, 0.4, -0.7])
-def test_the_same_picture_as_stock_diffusers(slot, parts, diffusers_lora, scale):
-    stock = load_pipeline(FOLDER)
-    stock.load_lora_weights(diffusers_lora.parent, weight_name=diffusers_lora.name)
-    stock.set_adapters(stock.get_list_adapters()["unet"], adapter_weights=[scale])
-    expected = _four_steps(stock, PROMPT)
-    with torch.inference_mode(), slot.applied([Adapter(read(diffusers_lora, parts), scale)]) as own:
-        ours = draw(parts, **own)
-    assert (ours - expected).abs().max() <= 1e-3
-    assert (draw(parts) - expected).abs().max() > 0.05
+    return EulerDiscreteScheduler.from_pretrained(FOLDER / "scheduler")
 
 
 @pytest.fixture
