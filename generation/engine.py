@@ -63,11 +63,11 @@ class Engine:
         `weights` is a path or anything that a request may name; HF_TOKEN and CIVITAI_API_TOKEN are
         used for it. Raises a WeightsError.
         """
-        spec = self._models[DEFAULT_BASE_MODEL]
-        replaceable = self._load(spec)
-        if weights:
+        source = parse_operator_source(weights) if weights else None
+        replaceable = self._load(self._models[DEFAULT_BASE_MODEL])
+        if source is not None:
             hub, civitai = (os.environ.get(f"{n}_TOKEN") for n in ("HF", "CIVITAI_API"))
-            replaceable.set_up(parse_operator_source(weights), Tokens(hub or None, civitai or None))
+            replaceable.set_up(source, Tokens(hub or None, civitai or None))
 
     def _load(self, spec: BaseModelSpec) -> ReplaceableWeights:
         if spec.name not in self._replaceable:

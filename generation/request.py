@@ -297,7 +297,7 @@ def _weights(request: GenerationRequest) -> tuple[WeightsUse, ...]:
         raise InvalidRequest(f"loras names {count} files; at most {MAX_LORAS} can be combined")
     if scales and len(scales) != count:
         raise InvalidRequest(
-            f"lora_scales has {len(scales)} numbers for {count} loras; give one for each, or none"
+            f"lora_scales has {len(scales)} entries and loras {count}; give one for each, or none"
         )
     named = request.replicate_weights.strip()
     source = parse_source(named, "replicate_weights") if named else None

@@ -5,10 +5,7 @@ everything else is recorded and unreachable. So tests go the whole way of a stra
 lookup, check, connection, TLS, redirects.
 """
 
-import errno
 import hashlib
-import os
-import socket
 import ssl
 import subprocess
 import sys
@@ -23,6 +20,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from tests import fake_names
 from tests.background_server import serving
 from weights import addresses, retry, trained_cache
 
@@ -31,6 +29,7 @@ OTHER_PUBLIC = "2606:2800:220:1::1"
 NAMES = (
     "files.example",
     "cdn.example",
+    "rebinding.example",
     "civitai.com",
     "huggingface.co",
 )  # in the server's certificate
@@ -258,36 +257,8 @@ def use_own_cache(cache: Path, waits_s: list[float], monkeypatch: pytest.MonkeyP
 
 def _use_names(web: FakeWeb, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names and addresses are the fake web's; only the lookup and the connection are replaced."""
-    real_lookup, real_connect = socket.getaddrinfo, socket.create_connection
-
-    def lookup(host, port, *args, **kwargs):
-        name = host.decode() if isinstance(host, bytes) else host
-        if name not in web.dns:
-            if ":" in name or name.replace(".", "").isdigit():
-                return real_lookup(host, port, *args, **kwargs)  # a number, not a name
-            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        web.lookups.append(name)
-        answers = web.dns[name]
-        answer = answers.pop(0) if len(answers) > 1 else answers[0]
-        return [
-            (
-                socket.AF_INET6 if ":" in ip else socket.AF_INET,
-                socket.SOCK_STREAM,
-                6,
-                "",
-                (ip, port),
-            )
-            for ip in answer
-        ]
-
-    def connect(address, *args, **kwargs):
-        web.connected.append(address)
-        if address[0] == "127.0.0.1":
-            return real_connect(address, *args, **kwargs)
-        if address[0] not in web.routes:
-            raise OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
-        return real_connect(("127.0.0.1", web.routes[address[0]]), *args, **kwargs)
-
+    lookup = fake_names.lookup(web.dns, web.lookups.append)
+    connect = fake_names.connect(web.dns, web.routes, web.connected.append)
     monkeypatch.setattr(addresses.socket, "getaddrinfo", lookup)
     monkeypatch.setattr(addresses.socket, "create_connection", connect)
 

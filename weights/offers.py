@@ -20,13 +20,14 @@ MOST_CANDIDATES = 10
 PREFERRED = ("pytorch_lora_weights.safetensors", "trained_model.tar")  # diffusers', cog-sdxl's
 
 WEB_ADVICE = Advice(
-    denied="the link may have expired, or a token is missing: get a new link, or give a token",
+    denied="the link may have expired, or a token is missing: get a new link, or give"
+    " hf_api_token or civitai_api_token",
     missing="check the address",
     changed="the server's file changes while it is fetched",
     other="give the address of the file itself",
 )
 HUB_ADVICE = Advice(
-    denied="accept the repository's licence on its page and give a token that may read it",
+    denied="accept the repository's licence on its page and give an hf_api_token that may read it",
     missing="check what you wrote, and that the repository is public or the token may read it",
     changed="the hub's file is damaged: name another revision",
     other="check HF_ENDPOINT",

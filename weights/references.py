@@ -86,6 +86,8 @@ class LocalFile:
     path: Path
 
 
+_TOKEN_INPUTS = {"hub": "hf_api_token", "civitai": "civitai_api_token"}
+
 Source = WebFile | CivitaiModel | HubRepository | InlineFile | LocalFile
 
 
@@ -106,7 +108,7 @@ class Tokens:
             # Else an HTTP library would refuse the header, quoting it.
             if value is not None and not re.fullmatch(r"[\x21-\x7e]+", value):
                 raise InvalidSource(
-                    f"the token for {token.name} is empty, or has a blank, a line break or a"
+                    f"{_TOKEN_INPUTS[token.name]} is empty, or has a blank, a line break or a"
                     " character beyond ASCII; copy it again"
                 )
 

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -48,8 +49,19 @@ _AZURE = re.compile(r"s[eptvrs]|s[ir]|sip|spr|srt|sdd|sk(oid|tid|t|e|s|v)|saoid|
 def fetch(source: Source, tokens: Tokens) -> CachedFile:
     """The file that `source` means, for use as a context manager; its `path` stays until then.
 
-    Raises a WeightsError; what arrived before a failure stays for the next call to resume.
+    Raises a WeightsError that names the source; what arrived before a failure stays for the next
+    call to resume.
     """
+    try:
+        return _fetch(source, tokens)
+    except DownloadError as error:
+        if source.name in str(error):
+            raise
+        # Behind a name or a redirect, and on the hub, only the place was known.
+        raise type(error)(f"{source.name}: {error}") from error
+
+
+def _fetch(source: Source, tokens: Tokens) -> CachedFile:
     if isinstance(source, LocalFile):
         digest = transfer.digest_of(source.path, "sha256").hexdigest
         return CachedFile(source.path, digest, source.path.name, source.path.open("rb"))
@@ -99,6 +111,10 @@ def _download(client: httpx.Client, file: RemoteFile) -> Path:
         if file.size_bytes > file.limit_bytes:
             raise remote.too_large(file)
         trained_cache.check_fits(file.size_bytes, file.where)
+    else:  # as much as there is room for, lest a body without an end fill the disk
+        free = shutil.disk_usage(folder).free - download.DISK_MARGIN_BYTES
+        room = min(trained_cache.budget_bytes(), have + max(0, free))
+        file = replace(file, limit_bytes=min(file.limit_bytes, room))
     _make_room((file.size_bytes or have) - have, file.where)
     with download.progress_bar(file.path, file.size_bytes, have) as bar:
         return transfer.fetch_part(client, file, folder, retry.FOR_PEOPLE, bar.update)

@@ -175,7 +175,7 @@ def _add_file(
         _refuse_foreign(file, model and f"an adapter for {model}, which is another model")
         _refuse_second(file, found)
         found.lora = read_lora(file, keys, shapes, adapter_config)
-    elif keys and is_embedding_file(file):
+    elif keys and find_foreign_kind(keys) is None and is_embedding_file(file):
         found.words += read_words(file, stem, shapes)
     elif keys:
         _refuse_foreign(file, find_foreign_kind(keys))

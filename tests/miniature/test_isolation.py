@@ -27,6 +27,7 @@ from generation.base_models import MINIATURE_SDXL
 from generation.engine import Engine
 from generation.errors import GenerationError, InvalidRequest, OutOfDeviceMemory
 from generation.request import Margins
+from preprocess.errors import BadPicture
 from tests.requests import REQUEST
 from weights.catalog import Edition
 from weights.miniature.world import place, render
@@ -225,7 +226,7 @@ def test_after_every_error_the_same_request_and_another_equal_a_fresh_process(
 
 @pytest.mark.parametrize("name", INVALID)
 def test_after_an_invalid_request_the_next_equals_a_fresh_process(engine, sources, fresh, name):
-    with pytest.raises(InvalidRequest):
+    with pytest.raises((InvalidRequest, BadPicture)):
         pictures(engine, sources, **INVALID[name])
     assert equal(pictures(engine, sources, **POOL["text"]), fresh.pictures["text"])
 
@@ -269,7 +270,7 @@ def _act(engine: Engine, sources: Path, fresh: Fresh, action: tuple) -> None:
         case "make", name:
             assert equal(pictures(engine, sources, **POOL[name]), fresh.pictures[name])
         case "invalid", name:
-            with pytest.raises(InvalidRequest):
+            with pytest.raises((InvalidRequest, BadPicture)):
                 pictures(engine, sources, **INVALID[name])
         case kind, name, count:
             make, reported = ERRORS[kind]

@@ -24,7 +24,10 @@ from typing import TypeVar
 import httpx
 import psutil
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
+
+from tests import fake_web
+from tests.server.internet import Internet, running_internet
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 240.0  # seconds, for whatever must happen sooner or later on a machine that is busy
@@ -53,6 +56,7 @@ class CogServer:
     def __init__(self, folder: Path, options: tuple[str, ...], **environment: str) -> None:
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
+        self.cache = folder / "cache"
         self.log = folder / "server.log"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -61,7 +65,12 @@ class CogServer:
             self.process = subprocess.Popen(
                 [ROOT / "script" / "serve", *options],
                 cwd=folder,
-                env=_environment(PORT=str(port), TMPDIR=str(self.temporary), **environment),
+                env=_environment(
+                    PORT=str(port),
+                    TMPDIR=str(self.temporary),
+                    WEIGHTS_CACHE=str(self.cache),
+                    **environment,
+                ),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -71,18 +80,14 @@ class CogServer:
         )
 
     def stop(self) -> None:
-        """End the server and everything it has started."""
+        """End the server and everything it has started, at once: its own end takes seconds."""
         self.client.close()
         try:
             family = psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             family = []
-        self.process.terminate()
-        try:
-            self.process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self.process.kill()
+        self.process.wait()
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         for member in family:
@@ -178,7 +183,9 @@ def _environment(**changes: str) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("COG_", "LOG_", "KUBERNETES_", "WEBHOOK_", "OTEL_"))
+        if not name.startswith(
+            ("COG_", "LOG_", "KUBERNETES_", "WEBHOOK_", "OTEL_", "WEIGHTS_", "HF_", "CIVITAI_")
+        )
         and name.lower() not in ("http_proxy", "https_proxy", "all_proxy", "host")
     }
     fixed = {"WEIGHTS_EDITION": "miniature", "DEVICE": "cpu", "HF_HUB_OFFLINE": "1"}
@@ -206,6 +213,17 @@ def open_png(content: bytes) -> Image.Image:
 def picture(uri: str) -> Image.Image:
     """The picture inside a data URI."""
     return open_png(png_bytes(uri))
+
+
+def are_alike(first: dict, second: dict) -> bool:
+    """Whether two predictions' pictures are equal, to one step of 255.
+
+    Where memory lies decides in which order some CPU kernels sum (tests/miniature/isolation.py).
+    """
+    assert first["status"] == second["status"] == "succeeded", (first, second)
+    pairs = zip(first["output"], second["output"], strict=True)
+    differences = [ImageChops.difference(picture(a), picture(b)) for a, b in pairs]
+    return all(high <= 1 for d in differences for _, high in d.getextrema())
 
 
 @dataclass(frozen=True)
@@ -306,6 +324,26 @@ def serving(folder: Path, *options: str, **environment: str) -> Iterator[CogServ
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> Iterator[CogServer]:
     with serving(tmp_path_factory.mktemp("server")) as server:
+        assert server.health()["status"] == "READY"
+        yield server
+
+
+certificate = fake_web.certificate
+
+
+@pytest.fixture(scope="session")
+def internet(certificate, tmp_path_factory) -> Iterator[Internet]:
+    with running_internet(certificate, tmp_path_factory.mktemp("internet")) as internet:
+        yield internet
+
+
+@pytest.fixture(scope="session")
+def online_server(internet, tmp_path_factory) -> Iterator[CogServer]:
+    """A server with the fake internet and a home of its own."""
+    folder = tmp_path_factory.mktemp("online")
+    home = folder / "home"
+    home.mkdir()
+    with serving(folder, HOME=str(home), **internet.environment()) as server:
         assert server.health()["status"] == "READY"
         yield server
 

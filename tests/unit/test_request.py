@@ -414,13 +414,13 @@ def test_every_lora_has_its_scale():
         ({"lora_scale": 10.1}, ["lora_scale is 10.1", "from -10.0 to 10.0"]),
         ({"lora_scale": math.nan}, ["lora_scale is nan"]),
         ({"loras": ("a/b",), "lora_scales": (-11.0,)}, ["lora_scales[0] is -11.0"]),
-        ({"loras": ("a/b",), "lora_scales": (1.0, 1.0)}, ["2 numbers for 1 loras", "or none"]),
-        ({"lora_scales": (1.0,)}, ["1 numbers for 0 loras"]),
+        ({"loras": ("a/b",), "lora_scales": (1.0, 1.0)}, ["2 entries and loras 1", "or none"]),
+        ({"lora_scales": (1.0,)}, ["1 entries and loras 0"]),
         ({"loras": ("a/b",) * 9}, ["names 9 files", "at most 8"]),
         ({"loras": ("a/b", "/etc/passwd")}, ["loras[1]='/etc/passwd'"]),
         ({"loras": ("",)}, ["loras[0]=''"]),
         ({"replicate_weights": "http://files.example/a"}, ["replicate_weights=", "https"]),
-        ({"hf_api_token": "two words"}, ["token for hub", "copy it again"]),
+        ({"hf_api_token": "two words"}, ["hf_api_token is empty, or has a blank", "copy it again"]),
     ],
 )
 def test_wrong_weights_are_refused_before_anything_is_fetched(change, fragments):

@@ -119,7 +119,7 @@ def test_refusals_and_sources_tell_no_secret(reference: str):
 
 @pytest.mark.parametrize("token", ["", "x yz", "a\r\nHost: b", "é"])
 def test_a_token_that_is_none(token: str):
-    with pytest.raises(errors.InvalidSource, match="token for hub") as caught:
+    with pytest.raises(errors.InvalidSource, match="hf_api_token") as caught:
         Tokens(hub=token, civitai=None)
     assert token == "" or token not in str(caught.value)
 
@@ -393,7 +393,7 @@ def test_the_hub_gets_no_token_that_was_not_given_nor_any_over_http(
     get("acme/one", Tokens(hub="hub-secret", civitai=None)).close()
     assert {request.authorization for request in fake.requests} == {None}
     fake.required_token = "operators-own"
-    with pytest.raises(errors.AccessDenied, match="give a token") as caught:
+    with pytest.raises(errors.AccessDenied, match="give an hf_api_token") as caught:
         get("acme/one:x.safetensors")
     assert "operators-own" not in str(caught.value)
 

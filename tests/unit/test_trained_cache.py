@@ -388,6 +388,16 @@ def test_a_file_larger_than_the_budget_is_refused(web: FakeWeb, monkeypatch: pyt
             get()
 
 
+def test_a_body_without_a_length_ends_where_the_room_does(
+    web: FakeWeb, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("WEIGHTS_CACHE_BYTES", "150000")
+    web.pages[PATH] = Page(CONTENT, framing="chunked", ranges=False)
+    with pytest.raises(errors.TooLarge, match="more than 150000 bytes"):
+        get()
+    assert sum(part.stat().st_size for part in parts()) <= 150_000
+
+
 def test_parts_count_and_go_once_they_are_stale(web: FakeWeb):
     put(web, "a", 1_000)
     for name, idle_s in {"now": 0.0, "stale": 1_000.0, "old": 100_000.0}.items():

@@ -1,112 +1,20 @@
 """Hostile and mistaken files: each is refused before anything in it is used, and named."""
 
-import io
-import json
-import pickle
-
 import pytest
 import torch
 from safetensors.torch import save
 
+from tests.hostile_files import CONTAINERS, HEADERS
 from tests.trained_files import (
     NAME,
     WIDTH,
-    entry,
     miniature_shapes,
-    raw_safetensors,
     read,
     small_lora,
 )
 from weights import safe_file
 from weights.errors import BadWeights
 from weights.trained import read_trained
-
-
-def torch_file(legacy=False):
-    stream = io.BytesIO()
-    torch.save({"x": torch.ones(2)}, stream, _use_new_zipfile_serialization=not legacy)
-    return stream.getvalue()
-
-
-class Trap:
-    """A pickle that would give the test away."""
-
-    def __reduce__(self):
-        return (pytest.fail, ("the pickle was run",))
-
-
-TWO = bytes(8)  # the bytes of entry()
-HEADERS = {
-    "length past the end": ((999).to_bytes(8, "little") + b"{}", "is cut short"),
-    "length of 2**63": ((1 << 63).to_bytes(8, "little") + b"{}", "is cut short"),
-    "seven bytes": (b"\x02\0\0\0\0\0\0", "neither safetensors, tar nor zip"),
-    "no JSON": (raw_safetensors(b"{broken"), "no valid safetensors"),
-    "no UTF-8": (raw_safetensors(b'{"\xff\xfe": 1}'), "no valid safetensors"),
-    "nested": (raw_safetensors(b'{"a":' * 50_000 + b"1" + b"}" * 50_000), "nested too deep"),
-    "huge number": (raw_safetensors(b'{"a":' + b"9" * 5000 + b"}"), "no valid safetensors"),
-    "no tensors": (raw_safetensors({}), "holds no tensors"),
-    "only metadata": (raw_safetensors({"__metadata__": {"a": "b"}}), "holds no tensors"),
-    "metadata numbers": (raw_safetensors({"__metadata__": {"a": 1}, "x": entry()}, TWO), "texts"),
-    "metadata list": (raw_safetensors({"__metadata__": [], "x": entry()}, TWO), "texts"),
-    "repeated name": (
-        raw_safetensors(b'{"x":%b,"x":%b}' % ((json.dumps(entry()).encode(),) * 2), TWO),
-        "stands twice",
-    ),
-    "repeated field": (
-        raw_safetensors(b'{"x":{"dtype":"F32","dtype":"F16","shape":[2]}}', TWO),
-        "stands twice",
-    ),
-    "tensor null": (raw_safetensors({"x": None}), "is not described by"),
-    "tensor list": (raw_safetensors({"x": [1]}), "is not described by"),
-    "field missing": (raw_safetensors({"x": {"dtype": "F32", "shape": [2]}}, TWO), "not described"),
-    "field too many": (raw_safetensors({"x": {**entry(), "code": "x"}}, TWO), "not described"),
-    "unknown type": (raw_safetensors({"x": entry(dtype="O")}, TWO), "unknown type 'O'"),
-    "type no text": (raw_safetensors({"x": entry(dtype=[1])}, TWO), "unknown type"),
-    "negative side": (raw_safetensors({"x": entry(shape=[-2])}, TWO), "impossible shape"),
-    "side no integer": (raw_safetensors({"x": entry(shape=[2.0])}, TWO), "impossible shape"),
-    "side a truth": (raw_safetensors({"x": entry(shape=[True, 2])}, TWO), "impossible shape"),
-    "side of 2**64": (raw_safetensors({"x": entry(shape=[2**64, 0])}, TWO), "impossible shape"),
-    "shape a text": (raw_safetensors({"x": entry(shape="22")}, TWO), "impossible shape"),
-    "nine dimensions": (raw_safetensors({"x": entry(shape=[1] * 8 + [2])}, TWO), "impossible sha"),
-    "overflowing": (raw_safetensors({"x": entry(shape=[2**62, 4])}, TWO), "has 8 bytes, and needs"),
-    "reversed": (raw_safetensors({"x": entry(offsets=[8, 0])}, TWO), "impossible offsets"),
-    "negative offset": (raw_safetensors({"x": entry(offsets=[-8, 0])}, TWO), "impossible offsets"),
-    "three offsets": (raw_safetensors({"x": entry(offsets=[0, 8, 8])}, TWO), "impossible offsets"),
-    "past the end": (raw_safetensors({"x": entry()}, bytes(4)), "cut short"),
-    "starts late": (raw_safetensors({"x": entry(offsets=[8, 16])}, bytes(16)), "leaves a gap"),
-    "overlap": (
-        raw_safetensors({"x": entry(), "y": entry(offsets=[4, 12])}, bytes(12)),
-        "overlaps another",
-    ),
-    "twice the same": (raw_safetensors({"x": entry(), "y": entry()}, TWO), "overlaps another"),
-    "hole": (
-        raw_safetensors({"x": entry(), "y": entry(offsets=[12, 20])}, bytes(20)),
-        "leaves a gap",
-    ),
-    "more behind": (raw_safetensors({"x": entry()}, bytes(9)), "followed by other bytes"),
-    "wrong count": (raw_safetensors({"x": entry(shape=[3])}, TWO), "has 8 bytes, and needs 12"),
-    "surrogate": (raw_safetensors(b'{"\\ud800": 1}'), "is not described by"),
-}  # fmt: skip
-CONTAINERS = {
-    "empty": (b"", "is empty"),
-    "zeros": (bytes(2048), "neither safetensors, tar nor zip"),
-    "noise": (bytes(range(256)) * 4, "neither safetensors, tar nor zip"),
-    "torch zip": (torch_file(), "a pickle, which can run code"),
-    "torch legacy": (torch_file(legacy=True), "a pickle, which can run code"),
-    "pickle 0": (pickle.dumps(Trap(), protocol=0), "a pickle, which can run code"),
-    "pickle 4": (pickle.dumps(Trap(), protocol=4), "a pickle, which can run code"),
-    "list pickle 0": (pickle.dumps([Trap()], protocol=0), "a pickle, which can run code"),
-    "web page": (b"\n<!DOCTYPE html><html>log in</html>", "a web page"),
-    "LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "a git LFS pointer"),
-    "JSON": (b'{"error": "not found"}', "a JSON text"),
-    "picture": (b"\x89PNG\r\n\x1a\n" + bytes(99), "a PNG picture"),
-    "photo": (b"\xff\xd8\xff\xe0" + bytes(99), "a JPEG picture"),
-    "bzip2": (b"BZh91AY" + bytes(99), "a bzip2 archive"),
-    "xz": (b"\xfd7zXZ\0" + bytes(99), "an xz archive"),
-    "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(99), "a 7z archive"),
-    "rar": (b"Rar!\x1a\x07" + bytes(99), "a RAR archive"),
-    "gguf": (b"GGUF" + bytes(99), "a GGUF model"),
-}
 
 
 @pytest.mark.parametrize(
