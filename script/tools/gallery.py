@@ -73,7 +73,7 @@ GALLERY = {
     ),
     "refiner": Entry(
         dict,
-        ("prompt=a large green star on a black background", "seed=4"),
+        ("prompt=a large green star on a black background", "seed=2"),
         ("refine=no_refiner", "refine=expert_ensemble_refiner", "refine=base_image_refiner"),
     ),
 }
