@@ -74,6 +74,7 @@ class AdapterSlot:
         self._tokenizers: dict[tuple[tuple[str, ...], str], Any] = {}
         self._merged: tuple[Adapter, ...] | None = ()  # None while that changes
         self._own: Mapping[str, object] = {}  # tokenizers that know the merged adapters' words
+        self._turn = object()  # whose adapters these are
 
     @contextmanager
     def applied(
@@ -85,13 +86,16 @@ class AdapterSlot:
         the latest when the next request comes here. Those that `stay` are taken back only once
         other adapters are asked for, or none.
         """
+        turn = self._turn = object()
         kept = False
         try:
             self._become(tuple(adapters))
             kept = stay
             yield self._own
         finally:
-            if not kept:
+            # Cancelled between here and its `with`, it ends when its frames go: perhaps during the
+            # next request, whose adapters are not this one's to take back.
+            if not kept and self._turn is turn:
                 self._become(())
 
     def replace_base(self, parameters: Mapping[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path, PurePosixPath
 
 from preprocess.errors import BadArchive, BadCaptions, BadPicture, DiskFull
@@ -28,6 +29,14 @@ MIN_SIDE = 64  # pixels
 TEXT_SUFFIXES = (".csv", ".txt")
 _NOT_SENT_BY_PEOPLE = ("__macosx", "@eadir", "thumbs.db", "desktop.ini")
 _REMEDY = "send a zip, tar or tar.gz of pictures"
+
+
+class Filetype(StrEnum):
+    """Which archives are taken; whatever is asked for, the content tells which one it is."""
+
+    INFER = "infer"
+    ZIP = "zip"
+    TAR = "tar"  # tar.gz too
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,16 @@ class _Unpacking:
 
     def label_of(self, name: str) -> str:
         return f"{self.label}: {quote(name)}"
+
+
+def check_filetype(path: Path, filetype: str, label: str) -> None:
+    """Refuse an archive that is not what is said of it; raises BadArchive."""
+    container = _find_container(path, label)
+    if filetype != Filetype.INFER and (container is Container.ZIP) != (filetype == Filetype.ZIP):
+        raise BadArchive(
+            f"{label} is a {'zip' if container is Container.ZIP else 'tar'} archive, and"
+            f" {label}_filetype is {filetype}; set that to infer"
+        )
 
 
 @contextmanager

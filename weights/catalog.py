@@ -64,7 +64,7 @@ class CatalogEntry:
 
 RAIL_PLUS_PLUS_M = "CreativeML Open RAIL++-M"
 
-# The three revisions are the ones that public code pins for these repositories. Sizes of the base
+# The revisions are the ones that public code pins for these repositories. Sizes of the base
 # and of the VAE were added up from published file lists of exactly these revisions. The refiner's
 # UNet is known to a few hundred bytes only, so its sum is approximate.
 _FULL: dict[str, CatalogEntry] = {
@@ -126,6 +126,73 @@ _FULL: dict[str, CatalogEntry] = {
         licence="MIT",
         commercial_use=True,
     ),
+    # A training's captions. The size is that of its 470 million values in fp32.
+    "blip-captioning": CatalogEntry(
+        name="blip-captioning",
+        source=HubFiles(
+            repo="Salesforce/blip-image-captioning-large",
+            revision="2227ac38c9f16105cb0412e7cab4759978a8fd90",
+            files=(
+                "config.json",
+                "model.safetensors",
+                "preprocessor_config.json",
+                "special_tokens_map.json",
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "vocab.txt",
+            ),
+            size_bytes=1_880_000_000,
+        ),
+        licence="BSD-3-Clause",
+        commercial_use=True,
+    ),
+    # A training's masks of what a text names.
+    "clipseg": CatalogEntry(
+        name="clipseg",
+        source=HubFiles(
+            repo="CIDAS/clipseg-rd64-refined",
+            revision="999e0328d9e10b484360c477313983f9afdd7050",
+            files=(
+                "config.json",
+                "merges.txt",
+                "model.safetensors",
+                "preprocessor_config.json",
+                "special_tokens_map.json",
+                "tokenizer_config.json",
+                "vocab.json",
+            ),
+            size_bytes=604_640_600,
+        ),
+        licence="Apache-2.0",
+        commercial_use=True,
+    ),
+    # A pickle, as its authors publish it: read with weights_only, after its hash was right. Hash
+    # and size as public code pins them.
+    "swinir-x4": CatalogEntry(
+        name="swinir-x4",
+        source=UrlFile(
+            url="https://github.com/JingyunLiang/SwinIR/releases/download/v0.0/"
+            "003_realSR_BSRGAN_DFO_s64w8_SwinIR-M_x4_GAN.pth",
+            filename="003_realSR_BSRGAN_DFO_s64w8_SwinIR-M_x4_GAN.pth",
+            sha256="b9afb61e65e04eb7f8aba5095d070bbe9af28df76acd0c9405aeb33b814bcfc6",
+            size_bytes=67_129_861,
+        ),
+        licence="Apache-2.0",
+        commercial_use=True,
+    ),
+    # Faces. No miniature: the pictures that the miniature edition knows show none.
+    "yunet": CatalogEntry(
+        name="yunet",
+        source=UrlFile(
+            url="https://huggingface.co/opencv/face_detection_yunet/resolve/"
+            "3cc26e7f1014a5ee5d74a42acee58bafc9d0a310/face_detection_yunet_2023mar.onnx",
+            filename="face_detection_yunet_2023mar.onnx",
+            sha256="8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4",
+            size_bytes=232_589,
+        ),
+        licence="MIT",
+        commercial_use=True,
+    ),
 }
 
 _MINIATURE: dict[str, CatalogEntry] = {
@@ -139,6 +206,24 @@ _MINIATURE: dict[str, CatalogEntry] = {
     "sdxl-refiner": CatalogEntry(
         name="sdxl-refiner",
         source=PackagedFiles(folder="sdxl-refiner"),
+        licence="Apache-2.0",
+        commercial_use=True,
+    ),
+    "blip-captioning": CatalogEntry(
+        name="blip-captioning",
+        source=PackagedFiles(folder="blip-captioning"),
+        licence="Apache-2.0",
+        commercial_use=True,
+    ),
+    "clipseg": CatalogEntry(
+        name="clipseg",
+        source=PackagedFiles(folder="clipseg"),
+        licence="Apache-2.0",
+        commercial_use=True,
+    ),
+    "swinir-x4": CatalogEntry(
+        name="swinir-x4",
+        source=PackagedFiles(folder="swinir-x4"),
         licence="Apache-2.0",
         commercial_use=True,
     ),

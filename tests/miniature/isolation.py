@@ -122,11 +122,13 @@ def functions_of(module: ModuleType) -> dict[str, int]:
 
 
 @contextmanager
-def failing_in(module: ModuleType, function: str, count: int, make: Error) -> Iterator[list[str]]:
-    """The same before the `count`-th instruction that runs in a function of the module.
+def failing_in(
+    module: ModuleType, function: str | None, count: int, make: Error
+) -> Iterator[list[str]]:
+    """The same before the `count`-th instruction that runs in a function of the module, or in any.
 
-    Counted over all of its calls. A context manager's instructions are also those by which
-    contextlib enters and leaves it. Yields a list that says, once it has happened, at which line.
+    Counted over all calls. A context manager's instructions are also those by which
+    contextlib enters and leaves it. Yields a list that names, once it has happened, the function.
     """
     struck: list[str] = []
     run = 0
@@ -141,7 +143,7 @@ def failing_in(module: ModuleType, function: str, count: int, make: Error) -> It
         nonlocal run
         run += event == "opcode"
         if run == count and not struck:
-            struck.append(f"{frame.f_code.co_qualname}:{frame.f_lineno}")
+            struck.append(frame.f_code.co_qualname)
             raise make()
         return on_instruction
 
@@ -153,8 +155,8 @@ def failing_in(module: ModuleType, function: str, count: int, make: Error) -> It
         sys.settrace(before)
 
 
-def _belongs(frame: FrameType, module: ModuleType, function: str) -> bool:
+def _belongs(frame: FrameType, module: ModuleType, function: str | None) -> bool:
     code = frame.f_code
     if code.co_filename.endswith("contextlib.py"):
         code = getattr(getattr(frame.f_locals.get("self"), "gen", None), "gi_code", code)
-    return code.co_qualname == function and code.co_filename == module.__file__
+    return code.co_filename == module.__file__ and function in (code.co_qualname, None)

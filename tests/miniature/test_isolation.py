@@ -4,36 +4,36 @@ To one step of 255: where memory lies, which depends on what came before, decide
 some CPU kernels sum, and latents then differ by about 1e-6.
 """
 
-import hashlib
 import itertools
 import json
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
-from torch.nn.modules.module import register_module_forward_pre_hook
 
-from generation.base_models import MINIATURE_SDXL
 from generation.engine import Engine
-from generation.errors import GenerationError, InvalidRequest, OutOfDeviceMemory
+from generation.errors import GenerationError, InvalidRequest
 from generation.request import Margins
 from preprocess.errors import BadPicture
-from tests.requests import REQUEST
+from tests.miniature.isolation import (
+    ERRORS,
+    EVERY_MODEL,
+    UNET,
+    equal,
+    failing_at,
+    fingerprint,
+    pictures,
+)
 from weights.catalog import Edition
 from weights.miniature.world import place, render
 
 EXPERT, BASE_IMAGE = "expert_ensemble_refiner", "base_image_refiner"
-STEPS = 3
 
 # What each request changes in the default one; images are given by their names.
 POOL: dict[str, dict[str, object]] = {
@@ -79,7 +79,8 @@ FRESH_PROCESS = """
 import json, numpy, sys
 from pathlib import Path
 from generation.engine import Engine
-from tests.miniature.test_isolation import POOL, fingerprint, pictures
+from tests.miniature.isolation import fingerprint, pictures
+from tests.miniature.test_isolation import POOL
 from weights.catalog import Edition
 sources = Path(sys.argv[1])
 for name in POOL:
@@ -89,69 +90,12 @@ print(json.dumps(fingerprint(Engine(Edition.MINIATURE, "cpu"))))
 """
 
 
-class Cancelled(BaseException):
-    """As Cog raises it: no `except Exception` sees it."""
-
-
-# Kind → the error that happens, and the one that is reported.
-ERRORS: dict[str, tuple[Callable[[], BaseException], type[BaseException]]] = {
-    "failure": (lambda: RuntimeError("a kernel failed"), RuntimeError),
-    "cancel": (Cancelled, Cancelled),
-    "memory": (lambda: torch.OutOfMemoryError("full"), OutOfDeviceMemory),
-}
-UNET = ("UNet2DConditionModel",)
-EVERY_MODEL = (*UNET, "CLIPTextModel", "Encoder", "Decoder")
-
-
 @dataclass(frozen=True)
 class Fresh:
     """What a process that has done nothing else makes."""
 
     pictures: dict[str, list[np.ndarray]]  # of each request, (H, W, 3)
     fingerprint: dict[str, str]
-
-
-def pictures(engine: Engine, sources: Path, **changes: object) -> list[np.ndarray]:
-    """Of a request with these changes, (H, W, 3) each."""
-    images = {k: sources / f"{changes[k]}.png" for k in ("image", "mask") if k in changes}
-    request = replace(REQUEST, num_inference_steps=STEPS, **{**changes, **images})
-    with tempfile.TemporaryDirectory() as folder:
-        files = engine.generate(request, Path(folder)).files
-        return [np.asarray(Image.open(file)).astype(int) for file in files]
-
-
-def equal(first: list[np.ndarray], second: list[np.ndarray]) -> bool:
-    """The same pictures, but for rounding."""
-    return len(first) == len(second) and all(
-        a.shape == b.shape and np.abs(a - b).max() <= 1 for a, b in zip(first, second, strict=True)
-    )
-
-
-def fingerprint(engine: Engine) -> dict[str, str]:
-    """Part of a model → hash of all that it holds: parameters, buffers, settings, modes."""
-    models = {
-        "base": engine._store.load(MINIATURE_SDXL),
-        "refiner": engine._store.load_refiner(MINIATURE_SDXL),
-    }
-    return {
-        f"{model} {part}": _hash(content)
-        for model, loaded in models.items()
-        for part, content in [*loaded.parts.items(), ("scheduler", loaded.scheduler_config)]
-    }
-
-
-def _hash(part: object) -> str:
-    if not isinstance(part, torch.nn.Module):
-        plain = part if isinstance(part, dict | bool | None) else type(part).__name__
-        return hashlib.sha256(repr(plain).encode()).hexdigest()
-    config = part.config if isinstance(part.config, dict) else part.config.to_dict()
-    # What begins with _ is about the files, in an order that differs between processes.
-    public = sorted((key, str(value)) for key, value in config.items() if key[0] != "_")
-    modes = [module.training for module in part.modules()]
-    digest = hashlib.sha256(repr((public, modes, part.dtype)).encode())
-    for name, tensor in part.state_dict().items():
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -185,24 +129,6 @@ def fresh(sources) -> Fresh:
     return Fresh(made, json.loads(done.stdout.splitlines()[-1]))
 
 
-@contextmanager
-def failing_at(count: int, models: tuple[str, ...], error: BaseException) -> Iterator[None]:
-    """Raise when models of these classes run for the `count`-th time."""
-    calls = 0
-
-    def hook(module: torch.nn.Module, _: object) -> None:
-        nonlocal calls
-        calls += type(module).__name__ in models
-        if calls == count:
-            raise error
-
-    handle = register_module_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def test_a_fresh_process_makes_a_different_picture_for_each_request(fresh):
     made = list(fresh.pictures.values())
     assert len(made) == len(POOL)
@@ -214,7 +140,7 @@ def test_after_every_error_the_same_request_and_another_equal_a_fresh_process(
     engine, sources, fresh, name
 ):
     for kind, (make, reported) in ERRORS.items():
-        with failing_at(2, UNET, make()), pytest.raises(reported) as raised:
+        with failing_at(2, UNET, make), pytest.raises(reported) as raised:
             pictures(engine, sources, **POOL[name])
         if kind == "memory":
             assert isinstance(raised.value, GenerationError)
@@ -275,7 +201,7 @@ def _act(engine: Engine, sources: Path, fresh: Fresh, action: tuple) -> None:
         case kind, name, count:
             make, reported = ERRORS[kind]
             try:
-                with failing_at(count, EVERY_MODEL, make()):
+                with failing_at(count, EVERY_MODEL, make):
                     made = pictures(engine, sources, **POOL[name])
             except reported:
                 return

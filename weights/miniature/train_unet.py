@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -72,6 +72,19 @@ class UnetRecipe:
     ema_decay: float = 0.998
     checkpoint_every: int = 1000
     seed: int = 0
+
+
+class FitRecipe(Protocol):
+    """What `fit` reads of a recipe."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def ema_decay(self) -> float: ...
+    @property
+    def checkpoint_every(self) -> int: ...
 
 
 class TextToNoise(nn.Module):
@@ -198,7 +211,7 @@ def shape_weights(batch: Batch, weight: float) -> Tensor:
 
 def fit(
     model: Model,
-    recipe: UnetRecipe,
+    recipe: FitRecipe,
     loss_of: Callable[[Model], Tensor],
     checkpoint: Callable[[Model], None],
 ) -> Model:

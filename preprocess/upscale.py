@@ -1,0 +1,156 @@
+"""Pictures → pictures of four times the side, by SwinIR (arXiv:2108.10257).
+
+A large picture goes through the model in tiles that overlap and are blended, so that memory is
+bounded: with the real model a tile takes about 1.1 GB (4.3 GB were published for 512x512 in one
+piece, and it grows with the area). On the host, the result of 4096x4096 takes 200 MB in float32 and
+50 MB more as a picture. What is padded is cut off again; cog-sdxl's Swin2SR leaves a mirrored strip
+at the right and the bottom.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from preprocess.errors import BadPicture
+from preprocess.images import MAX_IMAGE_PIXELS
+from preprocess.models import ready, release
+from weights import cache
+from weights.catalog import Edition
+from weights.edition import Device
+
+FACTOR = 4
+WINDOW = 8  # pixels: SwinIR's attention windows; tiles begin at multiples of it
+TILE, OVERLAP = 256, 32  # pixels of the picture that comes in; both multiples of WINDOW
+
+Array = NDArray[np.float32]
+Run = Callable[[Array], Array]  # (H, W, 3) → (4 H, 4 W, 3), both in [0, 1]
+
+
+class Upscaler:
+    """SwinIR in memory: use it in a `with` statement, or `close` it."""
+
+    def __init__(self, edition: Edition, device: Device) -> None:
+        """Load the edition's SwinIR; raises WeightsError where it cannot be fetched."""
+        self._device = device
+        self._model = ready(_load(cache.ensure("swinir-x4", edition)), device)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model's memory; nothing can be upscaled afterwards."""
+        release(self._model, self._device)
+
+    def upscale(self, image: Image.Image, factor: float) -> Image.Image:
+        """The picture `factor` times as wide and high, mode RGB.
+
+        Args:
+            image: mode RGB, of any size.
+            factor: above 1, at most 4. The model always makes four times the side; for less, its
+                result is scaled down (Lanczos).
+
+        Raises:
+            BadPicture: if four times the side has more pixels than pictures may have.
+        """
+        assert 1 < factor <= FACTOR, f"factor {factor} is not in (1, {FACTOR}]"
+        width, height = image.size
+        pixels = width * height * FACTOR**2
+        if pixels > MAX_IMAGE_PIXELS:
+            raise BadPicture(
+                f"a picture of {width}x{height} is too large to upscale: it would have {pixels}"
+                f" pixels, and {MAX_IMAGE_PIXELS} are allowed; send a smaller one"
+            )
+        unit = np.asarray(image.convert("RGB")).astype(np.float32) / np.float32(255)
+        with torch.inference_mode():
+            large = enlarge(unit, self._run, TILE, OVERLAP)
+        picture = Image.fromarray(_to_eight_bits(large))
+        size = (round(width * factor), round(height * factor))
+        return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
+
+    def _run(self, tile: Array) -> Array:
+        pixels = torch.from_numpy(tile).permute(2, 0, 1)[None].to(self._device)
+        large: Tensor = self._model(pixels)[0].permute(1, 2, 0)
+        return large.float().cpu().numpy()
+
+
+def enlarge(pixels: Array, run: Run, tile: int, overlap: int) -> Array:
+    """`run` over the whole picture, tile by tile: (H, W, 3) → (4 H, 4 W, 3).
+
+    In the outer quarter of an overlap, where a tile knows least of its surroundings, its neighbour
+    counts alone; over the half behind, the two are blended.
+    """
+    height, width = pixels.shape[:2]
+    padding = [(0, max(-side % WINDOW, 2 * WINDOW - side)) for side in (height, width)]
+    padded = np.pad(pixels, (*padding, (0, 0)), mode="symmetric")
+    large = np.zeros((FACTOR * padded.shape[0], FACTOR * padded.shape[1], 3), np.float32)
+    for top, rows in _tiles(padded.shape[0], tile, overlap):
+        for left, columns in _tiles(padded.shape[1], tile, overlap):
+            bottom, right = top + len(rows) // FACTOR, left + len(columns) // FACTOR
+            drawn = run(np.ascontiguousarray(padded[top:bottom, left:right]))
+            weights = (rows[:, None] * columns)[..., None]
+            large[FACTOR * top : FACTOR * bottom, FACTOR * left : FACTOR * right] += drawn * weights
+    return large[: FACTOR * height, : FACTOR * width]
+
+
+def _tiles(side: int, tile: int, overlap: int) -> list[tuple[int, Array]]:
+    """Each tile's first pixel, and its weight at every pixel that comes out, along one axis."""
+    length = min(side, tile)
+    starts = [*range(0, side - length, tile - overlap), side - length]
+    inside = (np.arange(FACTOR * length) + 0.5) / FACTOR  # pixels from the tile's edge
+    rise = ((inside - overlap / 4) / (overlap / 2)).clip(0, 1).astype(np.float32)
+    total = np.zeros(FACTOR * side, np.float32)
+    hats: list[Array] = []
+    for start in starts:
+        hat = np.ones_like(rise) if start == 0 else rise
+        hats.append(hat if start == starts[-1] else np.minimum(hat, rise[::-1]))
+        total[FACTOR * start :][: len(hat)] += hats[-1]
+    return [
+        (start, hat / total[FACTOR * start :][: len(hat)])
+        for start, hat in zip(starts, hats, strict=True)
+    ]
+
+
+def _to_eight_bits(pixels: Array) -> NDArray[np.uint8]:
+    """[0, 1] to 0..255, in place but for the result."""
+    np.clip(pixels, 0, 1, out=pixels)
+    pixels *= 255
+    pixels += 0.5
+    return pixels.astype(np.uint8)
+
+
+def _load(folder: Path) -> nn.Module:
+    """The one model file in the folder, as the architecture that its tensors' names tell."""
+    from spandrel import canonicalize_state_dict
+    from spandrel.architectures.SwinIR import SwinIRArch
+
+    (path,) = (p for p in folder.iterdir() if p.suffix in (".safetensors", ".pth"))
+    described = SwinIRArch().load(canonicalize_state_dict(_read(path)))
+    assert described.scale == FACTOR, f"{path} makes {described.scale} times the side"
+    model: nn.Module = described.model
+    return model
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file of the catalog, which has passed its hash."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    # A pickle; without weights_only it could run code.
+    tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return tensors

@@ -1,0 +1,179 @@
+"""How well the miniature sees and enlarges: `python -m tests.miniature.preprocess_bars`.
+
+Everything goes through `preprocess`, on scenes whose combination of shape, colour and background
+was never drawn in any training. Rates are in [0, 1], IoU is intersection over union, PSNR is in dB.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from preprocess.caption import caption
+from preprocess.segment import text_masks
+from preprocess.upscale import FACTOR, Upscaler
+from weights.catalog import Edition
+from weights.miniature.architecture import NATIVE_SIZE
+from weights.miniature.scenes import Group, group_masks, held_out_scenes, random_group, render_group
+from weights.miniature.world import Scene, render, render_mask
+
+SCENES, SEED = 64, 2026
+CAPTION_BAR, IOU_BAR, GAIN_BAR = 0.9, 0.7, 1.0  # dB
+SIDES = (128, 256)  # pixels, of the sharp pictures that are shrunk and enlarged again
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A picture, what was asked of it, and the overlap with what should have been found."""
+
+    picture: Image.Image
+    prompt: str
+    mask: Image.Image
+    iou: float
+
+
+@dataclass(frozen=True)
+class Enlarged:
+    """A picture shrunk to a quarter of its side, and what became of it."""
+
+    sharp: Image.Image
+    small: Image.Image
+    model: Image.Image
+    bicubic: Image.Image
+
+    @property
+    def gain(self) -> float:
+        """In dB."""
+        return psnr(self.model, self.sharp) - psnr(self.bicubic, self.sharp)
+
+
+def scenes() -> list[Scene]:
+    return held_out_scenes(SCENES, SEED)
+
+
+def pictures() -> list[Image.Image]:
+    return [render(scene, NATIVE_SIZE, NATIVE_SIZE) for scene in scenes()]
+
+
+def captions() -> list[tuple[Scene, str]]:
+    return list(zip(scenes(), caption(pictures(), Edition.MINIATURE, "cpu"), strict=True))
+
+
+def is_right(scene: Scene, text: str) -> bool:
+    """Whether the caption names the colour and shape, and no other before the background."""
+    figure = text.split(" on ")[0].split()
+    return scene.colour in figure and scene.shape in figure
+
+
+def masks_of_single_shapes() -> list[Masked]:
+    """Half are asked for by colour and shape, half by the shape alone."""
+    found = []
+    for i, scene in enumerate(scenes()):
+        prompt = f"a {scene.colour} {scene.shape}" if i // 8 % 2 == 0 else scene.shape
+        picture = render(scene, NATIVE_SIZE, NATIVE_SIZE)
+        wanted = render_mask(scene, NATIVE_SIZE, NATIVE_SIZE)
+        found.append(_masked(picture, prompt, wanted))
+    return found
+
+
+def groups() -> list[Group]:
+    """Pictures of two shapes."""
+    rng = np.random.default_rng(SEED)
+    found: list[Group] = []
+    while len(found) < SCENES // 2:
+        group = random_group(rng, 2, held_out=True)
+        found += [group] if len(group.scenes) == 2 else []
+    return found
+
+
+def masks_of_one_of_two() -> list[Masked]:
+    """The other shape must stay black."""
+    found = []
+    for group in groups():
+        scene = group.scenes[0]
+        picture = render_group(group, NATIVE_SIZE, NATIVE_SIZE)
+        wanted = group_masks(group, NATIVE_SIZE, NATIVE_SIZE)[0]
+        found.append(_masked(picture, f"a {scene.colour} {scene.shape}", wanted))
+    return found
+
+
+def masks_of_both() -> list[Masked]:
+    """Two prompts, separated by a comma."""
+    found = []
+    for group in groups():
+        prompt = ", ".join(f"{scene.colour} {scene.shape}" for scene in group.scenes)
+        picture = render_group(group, NATIVE_SIZE, NATIVE_SIZE)
+        wanted = group_masks(group, NATIVE_SIZE, NATIVE_SIZE).max(axis=0)
+        found.append(_masked(picture, prompt, wanted))
+    return found
+
+
+def _masked(picture: Image.Image, prompt: str, wanted: np.ndarray) -> Masked:
+    (mask,) = text_masks([picture], prompt, 1.0, Edition.MINIATURE, "cpu")
+    white, right = np.asarray(mask) > 127, wanted > 0.5
+    return Masked(picture, prompt, mask, float((white & right).sum() / (white | right).sum()))
+
+
+def enlarged(side: int) -> list[Enlarged]:
+    """A quarter of the scenes, drawn at `side` pixels."""
+    results = []
+    with Upscaler(Edition.MINIATURE, "cpu") as upscaler:
+        for scene in scenes()[: SCENES // 4]:
+            sharp = render(scene, side, side)
+            small = sharp.resize((side // FACTOR, side // FACTOR), Image.Resampling.BICUBIC)
+            plain = small.resize(sharp.size, Image.Resampling.BICUBIC)
+            results.append(Enlarged(sharp, small, upscaler.upscale(small, FACTOR), plain))
+    return results
+
+
+def psnr(a: Image.Image, b: Image.Image) -> float:
+    error = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    return float(10 * np.log10(255**2 / np.square(error).mean()))
+
+
+def contact_sheet(masked: Sequence[Masked], larger: Sequence[Enlarged]) -> Image.Image:
+    """Eight columns; rows of pictures and masks, then of small (nearest), model, bicubic, sharp."""
+    rows: list[list[Image.Image]] = []
+    for start in range(0, min(len(masked), 32), 8):
+        chosen = masked[start : start + 8]
+        rows += [[m.picture for m in chosen], [m.mask.convert("RGB") for m in chosen]]
+    chosen = larger[:8]
+    nearest = [e.small.resize(e.sharp.size, Image.Resampling.NEAREST) for e in chosen]
+    rows += [nearest, [e.model for e in chosen], [e.bicubic for e in chosen]]
+    rows.append([e.sharp for e in chosen])
+    side = max(e.sharp.width for e in chosen)
+    sheet = Image.new("RGB", (8 * side, len(rows) * side))
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            sheet.paste(picture.resize((side, side)), (x * side, y * side))
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sheet", type=Path, help="write masks and enlarged pictures to this file")
+    arguments = parser.parse_args()
+    print("| measured | result | bar |\n|---|---|---|")
+    wrong = [(scene, text) for scene, text in captions() if not is_right(scene, text)]
+    share = 1 - len(wrong) / SCENES
+    print(f"| colour and shape named, of {SCENES} captions | {share:.1%} | ≥ {CAPTION_BAR:.0%} |")
+    single, one, both = masks_of_single_shapes(), masks_of_one_of_two(), masks_of_both()
+    for name, found in (("single shapes", single), ("one of two", one), ("both of two", both)):
+        mean = np.mean([m.iou for m in found])
+        print(f"| mask IoU, {name}, {len(found)} pictures | {mean:.3f} | ≥ {IOU_BAR} |")
+    larger = {side: enlarged(side) for side in SIDES}
+    for side, results in larger.items():
+        gain = np.mean([e.gain for e in results])
+        what = f"gain over bicubic, {side // FACTOR} to {side} px, {len(results)} pictures"
+        print(f"| {what} | {gain:.2f} dB | ≥ {GAIN_BAR} dB |")
+    for scene, text in wrong:
+        print(f"{scene.colour} {scene.shape}: {text!r}")
+    if arguments.sheet:
+        contact_sheet([*single[:16], *one[:16]], larger[SIDES[0]]).save(arguments.sheet)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""The miniature's captions, masks and enlarged pictures keep their bars; see preprocess_bars."""
+
+import numpy as np
+import pytest
+
+from tests.miniature import preprocess_bars as bars
+
+FEWER = 24  # scenes: the command measures 64
+
+
+def test_captions_name_the_colour_and_the_shape():
+    right = [bars.is_right(scene, text) for scene, text in bars.captions()]
+    assert np.mean(right) >= bars.CAPTION_BAR
+
+
+@pytest.mark.parametrize(
+    "measure", [bars.masks_of_single_shapes, bars.masks_of_one_of_two, bars.masks_of_both]
+)
+def test_masks_show_what_the_prompt_names(measure, monkeypatch):
+    monkeypatch.setattr(bars, "SCENES", FEWER)
+    assert np.mean([masked.iou for masked in measure()]) >= bars.IOU_BAR
+
+
+def test_enlarged_pictures_are_sharper_than_a_filter_makes_them(monkeypatch):
+    monkeypatch.setattr(bars, "SCENES", FEWER)
+    assert np.mean([e.gain for e in bars.enlarged(bars.SIDES[0])]) >= bars.GAIN_BAR

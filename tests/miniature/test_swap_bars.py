@@ -1,0 +1,18 @@
+"""Changing weights takes no memory; `python -m tests.miniature.swap_bars` measures its time too."""
+
+import subprocess
+import sys
+
+from tests.miniature.swap_bars import MOST_GROWTH
+
+FRESH_PROCESS = """
+from tests.miniature.swap_bars import memory, open_engine
+with open_engine() as (engine, folder):
+    print(memory(engine, folder).growth)
+"""
+
+
+def test_memory_does_not_grow_with_the_changes():
+    command = [sys.executable, "-c", FRESH_PROCESS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout.splitlines()[-1]) <= MOST_GROWTH

@@ -1,0 +1,183 @@
+"""What trainings teach, in numbers, on the miniature: `python -m tests.miniature.training_bars`.
+
+Each training gets eight pictures of a shape that the model has never seen, and no options but those
+of its row. Then 16 prompts with the new word are drawn, and the 64 captions of the report card.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from generation.adapters import Adapter, AdapterSlot
+from tests.miniature import concept
+from training import loop
+from training.base_models import MINIATURE_SDXL, Method
+from training.config import Prior, TrainConfig
+from training.dataset import Example
+from training.model import load
+from weights.catalog import Edition
+from weights.miniature import evaluate, world
+from weights.miniature.captions import held_out_captions
+from weights.trained import TrainedWeights
+from weights.trigger_words import replace_trigger_words
+
+PROMPTS, PROMPT_SEED, NOISE_SEED = 16, 77, 100
+SHOWN, SHOWN_BEFORE, DROP = 0.75, 0.1, 0.05  # bars
+PARTS = ("unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+CONFIG = TrainConfig(seed=0)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training has done to the model."""
+
+    shown: float  # share of prompts with the word that show the new shape
+    others: dict[str, float]  # the report card's shares
+    seconds: float
+    cpu_seconds: float
+    changed: int  # tensors of the UNet
+
+
+class Bench:
+    """The embedded model, and pictures drawn with trained weights in it."""
+
+    def __init__(self) -> None:
+        self.pipeline = evaluate.load_pipeline(evaluate.FOLDER)
+        self._slot = AdapterSlot({part: getattr(self.pipeline, part) for part in PARTS})
+
+    def wearing(
+        self, weights: TrainedWeights | None
+    ) -> AbstractContextManager[Mapping[str, object]]:
+        """The model with the weights in it, at full strength."""
+        return self._slot.applied([Adapter(weights, 1.0)] if weights else [])
+
+    @torch.inference_mode()
+    def draw(self, weights: TrainedWeights | None, count: int = PROMPTS) -> list[Image.Image]:
+        """Pictures of prompts with the new word."""
+        words = weights.trigger_words if weights else {}
+        prompts = [replace_trigger_words(p, words) for p in concept.prompts(count, PROMPT_SEED)]
+        with self.wearing(weights) as own:
+            pipeline = type(self.pipeline)(**{**self.pipeline.components, **own})
+            pipeline.set_progress_bar_config(disable=True)
+            pictures: list[Image.Image] = []
+            for start in range(0, count, 8):
+                batch = prompts[start : start + 8]
+                seeds = range(NOISE_SEED + start, NOISE_SEED + start + len(batch))
+                pictures += pipeline(
+                    batch,
+                    negative_prompt=[""] * len(batch),
+                    num_inference_steps=evaluate.STEPS,
+                    guidance_scale=evaluate.GUIDANCE,
+                    generator=[torch.Generator("cpu").manual_seed(s) for s in seeds],
+                ).images
+        return pictures
+
+    @torch.inference_mode()
+    def others(self, weights: TrainedWeights | None) -> dict[str, float]:
+        """The report card of all that the model knew."""
+        captions = held_out_captions(evaluate.CAPTIONS, evaluate.CAPTION_SEED)
+        with self.wearing(weights):
+            return evaluate.shares(evaluate.judge_captions(self.pipeline, captions))
+
+    def measure(self, config: TrainConfig, class_images: Sequence[Example]) -> Outcome:
+        wall, cpu = time.monotonic(), time.process_time()
+        weights = train(config, class_images)
+        seconds, cpu_seconds = time.monotonic() - wall, time.process_time() - cpu
+        changed = len(weights.lora) + sum(
+            not torch.equal(value, self.pipeline.unet.get_parameter(name.removeprefix("unet.")))
+            for name, value in weights.parameters.items()
+        )
+        pictures = self.draw(weights)
+        _keep(pictures, f"{config.method}-{config.prior_preservation}")
+        return Outcome(share(pictures), self.others(weights), seconds, cpu_seconds, changed)
+
+
+def _keep(pictures: list[Image.Image], name: str) -> None:
+    """Contact sheets, for whoever sets SHEETS to a folder."""
+    if folder := os.environ.get("SHEETS"):
+        evaluate.contact_sheet(pictures, columns=8).save(Path(folder) / f"{name}.png")
+
+
+def train(config: TrainConfig, class_images: Sequence[Example] = ()) -> TrainedWeights:
+    model = load(MINIATURE_SDXL, Edition.MINIATURE, torch.device("cpu"), config.method)
+    examples = concept.examples()
+    with tempfile.TemporaryDirectory() as folder:
+        trained = loop.fit(
+            examples, class_images, config, model, Path(folder), lambda event: None, None
+        )
+    return trained.weights
+
+
+def share(pictures: list[Image.Image]) -> float:
+    return sum(map(concept.shows, pictures)) / len(pictures)
+
+
+def class_images(count: int = 16) -> list[Example]:
+    """Pictures of what the model knows, with their captions."""
+    rng = np.random.default_rng(1)
+    found = []
+    for k in range(count):
+        scene = world.random_scene(rng)
+        image = world.render(scene, concept.SIDE, concept.SIDE)
+        white = Image.new("L", image.size, 255)
+        caption = f"a {scene.colour} {scene.shape} on a {scene.background} background"
+        size = (concept.SIDE, concept.SIDE)
+        found.append(Example(f"class {k}", image, white, caption, size, (0, 0)))
+    return found
+
+
+def judge_of_crescents() -> tuple[float, float]:
+    """Shares of true crescents and of other shapes that the template match takes for one."""
+    true = [concept.render(p, k)[0] for k, p in enumerate(concept.pictures(200, 5))]
+    rng = np.random.default_rng(3)
+    others = [world.render(world.random_scene(rng), concept.SIDE, concept.SIDE) for _ in range(200)]
+    return share(true), share(others)
+
+
+def main() -> None:
+    true, false = judge_of_crescents()
+    print("| the judge of crescents | share | bar |\n|---|---|---|")
+    print(f"| true ones recognised | {true:.1%} | ≥ 95 % |")
+    print(f"| other shapes taken for one | {false:.1%} | ≤ 5 % |\n", flush=True)
+    bench = Bench()
+    before, card = share(bench.draw(None)), bench.others(None)
+    names = ("shape", "all")
+    print("| training | the word shows | shapes | all | UNet tensors | seconds | CPU seconds |")
+    print("|---|---|---|---|---|---|---|")
+    known = " | ".join(f"{card[n]:.1%}" for n in names)
+    print(f"| none | {before:.1%} | {known} | 0 | | |", flush=True)
+    teacher = {"prior_preservation": Prior.TEACHER, "class_prompt": "circle"}
+    rows: dict[str, tuple[TrainConfig, Sequence[Example]]] = {
+        "default: LoRA and word": (CONFIG, ()),
+        "with the base model as teacher": (replace(CONFIG, **teacher), ()),
+        "with class images": (
+            replace(CONFIG, prior_preservation=Prior.CLASS_IMAGES, class_prompt="a circle"),
+            class_images(),
+        ),
+        "word alone": (replace(CONFIG, method=Method.TEXTUAL_INVERSION), ()),
+        "full: UNet and word": (replace(CONFIG, method=Method.FULL), ()),
+    }
+    for name, (config, own) in rows.items():
+        o = bench.measure(config, own)
+        known = " | ".join(f"{o.others[n]:.1%}" for n in names)
+        print(
+            f"| {name} | {o.shown:.1%} | {known} | {o.changed} | {o.seconds:.0f} |"
+            f" {o.cpu_seconds:.0f} |",
+            flush=True,
+        )
+    print(
+        f"| bars | ≥ {SHOWN:.0%} for LoRA and full, ≤ {SHOWN_BEFORE:.0%} before | at most"
+        f" {100 * DROP:.0f} points less, with a prior less of them | | | |"
+    )
+
+
+if __name__ == "__main__":
+    main()

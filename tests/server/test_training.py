@@ -1,0 +1,107 @@
+"""Trainings through Cog's own server, and what predictions make of their archives."""
+
+import base64
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.miniature import concept
+from tests.packed import zip_bytes
+from tests.server.conftest import CogServer, are_alike, picture, serving
+
+STEPS = 30
+PROMPT = "a red TOK on a blue background"
+
+
+def archive() -> str:
+    """Eight pictures of a shape that the model does not know, with captions, as a data: URL."""
+    examples = concept.examples()
+    rows = ["caption,image_file"]
+    members = {}
+    for k, example in enumerate(examples):
+        content = io.BytesIO()
+        example.image.save(content, "PNG")
+        members[f"{k}.png"] = content.getvalue()
+        rows.append(f'"{example.caption}",{k}.png')
+    members["caption.csv"] = "\n".join(rows).encode()
+    return data_url(zip_bytes(members))
+
+
+def data_url(content: bytes) -> str:
+    return "data:application/zip;base64," + base64.b64encode(content).decode()
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory) -> Iterator[CogServer]:
+    with serving(tmp_path_factory.mktemp("trainer"), "--x-mode", "train") as server:
+        assert server.health()["status"] == "READY"
+        yield server
+
+
+def train(server: CogServer, **inputs: object) -> dict:
+    reply = server.client.post("/trainings", json={"input": inputs})
+    return reply.json()
+
+
+@pytest.fixture(scope="module")
+def trained(trainer) -> bytes:
+    reply = train(trainer, input_images=archive(), max_train_steps=STEPS, seed=0)
+    assert reply["status"] == "succeeded", reply
+    return base64.b64decode(reply["output"]["weights"].partition(",")[2])
+
+
+def test_the_archive_is_cog_sdxls_and_tells_of_itself(trained):
+    with tarfile.open(fileobj=io.BytesIO(trained)) as members:
+        names = members.getnames()
+        report = members.extractfile("report.html").read().decode()
+        words = json.load(members.extractfile("special_params.json"))
+    assert {"lora.safetensors", "embeddings.pti", "special_params.json", "report.html"} == set(
+        names
+    )
+    assert words == {"TOK": "<s0><s1>"}
+    assert "max_train_steps" in report
+    assert report.count("<figure>") >= 7
+
+
+def test_what_was_trained_is_in_the_predictions_pictures(trained, server, tmp_path):
+    weights = tmp_path / "trained_model.tar"
+    weights.write_bytes(trained)
+    plain = server.predict(prompt=PROMPT, seed=1)
+    with serving(tmp_path, COG_WEIGHTS=str(weights)) as fine_tuned:
+        own = fine_tuned.predict(prompt=PROMPT, seed=1, lora_scale=1)
+    by_request = server.predict(
+        prompt=PROMPT, seed=1, lora_scale=1, replicate_weights=data_url(trained)
+    )
+    assert are_alike(own, by_request)
+    before, after = (np.asarray(picture(r["output"][0]), int) for r in (plain, own))
+    assert np.abs(after - before).mean() > 2
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"input_images": data_url(b"no archive")}, "input_images is "),
+        ({"input_images": "/etc/passwd"}, "must be a URL or a data URI"),
+        ({"token_string": "two words"}, "token_string is 'two words'"),
+        ({"token_string": "XYZ"}, "XYZ"),
+        ({"is_lora": False, "lora_rank": 4}, "lora_rank is set"),
+        ({"input_images_filetype": "tar"}, "input_images is a zip archive"),
+        ({"class_prompt": "a shape"}, "prior_preservation"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_said_and_nothing_is_left(trainer, inputs, message):
+    reply = train(trainer, **{"input_images": archive(), "max_train_steps": 2, **inputs})
+    assert reply["status"] == "failed"
+    assert message in reply["error"]
+    assert left(trainer.temporary) == []
+
+
+def left(folder: Path) -> list[Path]:
+    """What trainings have left."""
+    return list(folder.glob("cog-stable-diffusion-training-*/*"))

@@ -1,0 +1,419 @@
+"""The boundary to Cog's trainings: the signature becomes settings, the result becomes an archive.
+
+Cog reads this file without running it, and silently drops what it cannot read: literals only, one
+plain string per description (`script/schema --check` holds this).
+"""
+
+import os
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path as LocalPath
+from typing import TYPE_CHECKING, List, Optional  # noqa: UP035  the spelling that every version of Cog's parser reads
+
+from cog import BaseModel, Input, Path
+
+from preprocess.crop import BucketRules, make_buckets, square_bucket
+from preprocess.errors import BadArchive
+from training.base_models import DEFAULT_BASE_MODEL, TRAINABLE_MODELS, Method, TrainableSpec
+from training.config import (
+    LoraFormat,
+    Optimizer,
+    Prior,
+    Schedule,
+    TrainConfig,
+    resolve,
+)
+from training.errors import InvalidTraining
+from weights.catalog import Edition
+from weights.edition import Device, resolve_device, resolve_edition
+
+if TYPE_CHECKING:
+    from preprocess.prepare import PreparedPhoto, PrepareSettings
+
+BUCKET_STEPS = 16  # sides are multiples of this part of the native one: 64 pixels of SDXL's 1024
+
+# script/sync: preprocess.archive.Filetype
+FILETYPE_CHOICES = ["infer", "zip", "tar"]
+# script/sync: training.base_models.Method
+METHOD_CHOICES = ["lora", "full", "textual_inversion"]
+# script/sync: training.config.Schedule
+LR_SCHEDULER_CHOICES = ["constant", "linear", "cosine"]
+# script/sync: training.config.Optimizer
+OPTIMIZER_CHOICES = ["adamw", "adamw_8bit", "prodigy", "adafactor"]
+# script/sync: training.config.Prior
+PRIOR_CHOICES = ["off", "teacher", "class_images"]
+# script/sync: training.config.LoraFormat
+LORA_FORMAT_CHOICES = ["cog_sdxl", "kohya"]
+
+
+class TrainingOutput(BaseModel):  # type: ignore[misc]  # cog has no types for it
+    """`weights` is what predictions take as replicate_weights or COG_WEIGHTS."""
+
+    weights: Path
+    exchange: Optional[Path] = None  # a zip of files for other programs
+
+
+def train(
+    input_images: Path = Input(
+        description="zip, tar or tar.gz of 2 to 2000 photos; with captions.csv, .txt files, or none"
+    ),
+    seed: Optional[int] = Input(
+        default=None,
+        description="Same seed, same weights; empty for a random one, which the log names",
+        ge=0,
+        le=4294967295,
+    ),
+    resolution: Optional[int] = Input(
+        default=None,
+        description="Side in pixels of the square whose area photos are trained at; empty: native",
+        ge=64,
+        le=2048,
+    ),
+    train_batch_size: Optional[int] = Input(
+        default=None, description="Photos in a batch; empty for the model's own", ge=1, le=64
+    ),
+    num_train_epochs: Optional[int] = Input(
+        default=None,
+        description="Times that every photo is seen; not used where max_train_steps is given",
+        ge=1,
+        le=100000,
+    ),
+    max_train_steps: Optional[int] = Input(
+        default=None, description="Steps, exactly; empty for the model's own", ge=1, le=100000
+    ),
+    is_lora: bool = Input(
+        default=True, description="Train a LoRA; without it the whole UNet, which takes more memory"
+    ),
+    unet_learning_rate: Optional[float] = Input(
+        default=None,
+        description="Learning rate of the UNet if all of it is trained",
+        ge=0,
+        le=10,
+    ),
+    ti_lr: Optional[float] = Input(
+        default=None, description="Learning rate of the new word's vectors", ge=0, le=10
+    ),
+    lora_lr: Optional[float] = Input(
+        default=None, description="Learning rate of the LoRA", ge=0, le=10
+    ),
+    lora_rank: Optional[int] = Input(
+        default=None, description="Rank of the LoRA; empty for the model's own", ge=1, le=256
+    ),
+    lr_scheduler: str = Input(
+        default="constant",
+        description="How the learning rates go on after the warm-up",
+        choices=LR_SCHEDULER_CHOICES,
+    ),
+    lr_warmup_steps: Optional[int] = Input(
+        default=None,
+        description="Steps over which the learning rates rise from 0; empty for the model's own",
+        ge=0,
+        le=100000,
+    ),
+    token_string: str = Input(
+        default="TOK", description="The new word, as captions and prompts spell it"
+    ),
+    caption_prefix: str = Input(
+        default="a photo of TOK, ",
+        description="Beginning of captions that are made automatically; has to hold the new word",
+    ),
+    mask_target_prompts: Optional[str] = Input(
+        default=None,
+        description="What photos are to be learnt for, such as a face; all else counts little",
+    ),
+    crop_based_on_salience: bool = Input(
+        default=True, description="Cut photos around what the masks show rather than the centre"
+    ),
+    use_face_detection_instead: bool = Input(
+        default=False, description="Mask by the faces in the photos, not by mask_target_prompts"
+    ),
+    clipseg_temperature: float = Input(
+        default=1.0,
+        description="How soft the masks of mask_target_prompts are: above 1 softer, below harder",
+        ge=0.01,
+        le=1000,
+    ),
+    verbose: bool = Input(default=True, description="Show a progress bar in the log"),
+    checkpointing_steps: Optional[int] = Input(
+        default=None,
+        description="Save the state so often, to go on after a stop; see TRAINING_CHECKPOINTS",
+        ge=1,
+        le=1000000,
+    ),
+    input_images_filetype: str = Input(
+        default="infer",
+        description="Refuse an archive of another type; infer takes all three",
+        choices=FILETYPE_CHOICES,
+    ),
+    method: Optional[str] = Input(
+        default=None,
+        description="What learns beside the new word; empty: as is_lora says",
+        choices=METHOD_CHOICES,
+    ),
+    aspect_ratio_buckets: bool = Input(
+        default=True, description="Train at sizes near the photos' shapes; without it, on squares"
+    ),
+    lora_alpha: Optional[float] = Input(
+        default=None, description="The LoRA's alpha; empty: its rank", ge=0.001, le=2560
+    ),
+    use_rslora: bool = Input(default=False, description="Divide alpha by the root of the rank"),
+    use_dora: bool = Input(
+        default=False, description="Learn magnitudes too (DoRA); needs lora_format kohya"
+    ),
+    train_text_encoder: bool = Input(
+        default=False, description="A LoRA on the text encoders too; needs lora_format kohya"
+    ),
+    lora_format: str = Input(
+        default="cog_sdxl",
+        description="Whose names the LoRA in the archive has",
+        choices=LORA_FORMAT_CHOICES,
+    ),
+    exchange_files: bool = Input(
+        default=False,
+        description="Add a LoRA and an embedding that ComfyUI, A1111 and diffusers read",
+    ),
+    optimizer: str = Input(
+        default="adamw",
+        description="How parameters are moved; prodigy finds learning rates itself",
+        choices=OPTIMIZER_CHOICES,
+    ),
+    gradient_accumulation_steps: int = Input(
+        default=1, description="Batches that make one step", ge=1, le=64
+    ),
+    num_new_tokens: Optional[int] = Input(
+        default=None,
+        description="Vectors of the new word; empty: the model's own",
+        ge=1,
+        le=8,
+    ),
+    token_initializer: Optional[str] = Input(
+        default=None, description="A word whose meaning the new one starts from"
+    ),
+    pivot_fraction: float = Input(
+        default=0.5,
+        description="Share of the steps in which the new word learns; then it stays",
+        ge=0,
+        le=1,
+    ),
+    snr_gamma: float = Input(
+        default=5.0, description="Weight noise levels by min-SNR; 0: all the same", ge=0, le=1000
+    ),
+    noise_offset: float = Input(
+        default=0.0, description="Noise of a picture as a whole, for darks and lights", ge=0, le=1
+    ),
+    caption_dropout: float = Input(
+        default=0.05, description="Share of captions that are left empty", ge=0, le=0.99
+    ),
+    mask_floor: float = Input(
+        default=0.1, description="What pixels outside of a mask count", ge=0, le=1
+    ),
+    random_flip: bool = Input(
+        default=False, description="Show photos mirrored half of the time; not for faces or text"
+    ),
+    prior_preservation: str = Input(
+        default="off",
+        description="Keep what the model knows of class_prompt, by itself or by class_images",
+        choices=PRIOR_CHOICES,
+    ),
+    class_prompt: str = Input(
+        default="", description="What the new word is one of, such as: a photo of a dog"
+    ),
+    class_images: Optional[Path] = Input(
+        default=None, description="Archive of photos of the class, for prior_preservation"
+    ),
+    prior_loss_weight: float = Input(
+        default=1.0, description="What prior preservation counts beside the photos", ge=0, le=100
+    ),
+    validation: bool = Input(
+        default=True, description="With 8 photos or more, hold one in 8 out and measure on it"
+    ),
+    preview_prompts: List[str] = Input(
+        default=[], description="Prompts to draw while training, for the report"
+    ),
+    preview_steps: Optional[int] = Input(
+        default=None,
+        description="Draw them so often; empty: at the end only",
+        ge=1,
+        le=1000000,
+    ),
+) -> TrainingOutput:
+    """Learn a new word, and how to draw it, from photos."""
+    from preprocess.prepare import PrepareSettings
+
+    device = resolve_device()
+    edition = resolve_edition(cuda_available=device == "cuda")
+    spec = TRAINABLE_MODELS[edition][DEFAULT_BASE_MODEL]
+    config = TrainConfig(
+        seed=_whole(seed),
+        method=_method(method, is_lora),
+        resolution=_whole(resolution),
+        train_batch_size=_whole(train_batch_size),
+        gradient_accumulation_steps=int(gradient_accumulation_steps),
+        num_train_epochs=None if max_train_steps else _whole(num_train_epochs),
+        max_train_steps=_whole(max_train_steps),
+        unet_learning_rate=unet_learning_rate,
+        ti_lr=ti_lr,
+        lora_lr=lora_lr,
+        lora_rank=_whole(lora_rank),
+        lora_alpha=lora_alpha,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        train_text_encoder=train_text_encoder,
+        optimizer=Optimizer(optimizer),
+        lr_scheduler=Schedule(lr_scheduler),
+        lr_warmup_steps=_whole(lr_warmup_steps),
+        token_string=token_string,
+        n_tokens=_whole(num_new_tokens),
+        token_initializer=token_initializer or None,
+        pivot_fraction=pivot_fraction,
+        snr_gamma=snr_gamma,
+        noise_offset=noise_offset,
+        caption_dropout=caption_dropout,
+        mask_floor=mask_floor,
+        random_flip=random_flip,
+        prior_preservation=Prior(prior_preservation),
+        prior_loss_weight=prior_loss_weight,
+        class_prompt=class_prompt,
+        checkpointing_steps=_whole(checkpointing_steps),
+        validation=validation,
+        preview_prompts=tuple(preview_prompts),
+        preview_steps=_whole(preview_steps),
+        lora_format=LoraFormat(lora_format),
+        exchange_files=exchange_files,
+        verbose=verbose,
+    )
+    plan = resolve(config, spec, n_examples=2)  # its rules, before anything is read
+    settings = PrepareSettings(
+        token_string=token_string,
+        caption_prefix=caption_prefix,
+        mask_target_prompts=mask_target_prompts or "",
+        clipseg_temperature=clipseg_temperature,
+        use_face_detection_instead=use_face_detection_instead,
+        crop_based_on_salience=crop_based_on_salience,
+        filetype=input_images_filetype,
+        buckets=_buckets(plan.resolution, spec, aspect_ratio_buckets),
+    )
+    output = _empty_folder()
+    try:
+        return _train(input_images, class_images, config, settings, edition, device, output)
+    except BaseException:  # cancelled ones too
+        shutil.rmtree(output, ignore_errors=True)
+        raise
+
+
+def _train(
+    input_images: Path,
+    class_images: Optional[Path],
+    config: TrainConfig,
+    settings: "PrepareSettings",
+    edition: Edition,
+    device: Device,
+    output: LocalPath,
+) -> TrainingOutput:
+    """Photos → examples → a trained model → files in `output`."""
+    from torch import device as torch_device
+
+    from preprocess.prepare import prepare, prepare_class_images
+    from training import export, loop, model
+    from training.dataset import Example
+    from training.previews import paint
+    from training.progress import Event, Previews, Started
+    from training.report import render_report
+
+    def example(photo: "PreparedPhoto") -> Example:
+        crop = photo.crop
+        return Example(
+            photo.name,
+            crop.image,
+            crop.mask,
+            photo.caption,
+            (crop.original_size[1], crop.original_size[0]),
+            crop.crop_top_left,
+        )
+
+    photos = prepare(_file("input_images", input_images), settings, edition, device, output)
+    others = []
+    if class_images is not None:
+        others = prepare_class_images(_file("class_images", class_images), settings, output)
+    base = model.load(
+        TRAINABLE_MODELS[edition][DEFAULT_BASE_MODEL], edition, torch_device(device), config.method
+    )
+    examples = [example(photo) for photo in photos]
+    previews: List[Previews] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Started):
+            print(f"Using seed: {event.plan.seed}", flush=True)
+        elif isinstance(event, Previews):
+            previews.append(event)
+
+    checkpoints = LocalPath(os.environ.get("TRAINING_CHECKPOINTS") or output)
+    trained = loop.fit(
+        examples,
+        [example(photo) for photo in others],
+        config,
+        base,
+        checkpoints,
+        listen,
+        paint if config.preview_prompts else None,
+    )
+    report = render_report(trained.plan, examples, trained.history, previews)
+    files = export.write(trained, base, len(examples), output, report)
+    return TrainingOutput(weights=Path(files.archive), exchange=_zipped(files.exchange, output))
+
+
+def _method(method: Optional[str], is_lora: bool) -> Method:
+    if method is None:
+        return Method.LORA if is_lora else Method.FULL
+    if not is_lora and method == Method.LORA:
+        raise InvalidTraining("method is lora and is_lora false: leave one of them out")
+    return Method(method)
+
+
+def _buckets(
+    resolution: int, spec: TrainableSpec, aspect_ratio: bool
+) -> "tuple[tuple[int, int], ...]":
+    """The sizes to train at."""
+    if not aspect_ratio:
+        return square_bucket(resolution)
+    step = spec.native_size // BUCKET_STEPS
+    rules = BucketRules(resolution, step, min_side=resolution // 2, max_side=resolution * 2)
+    return make_buckets(rules)
+
+
+def _zipped(files: "tuple[LocalPath, ...]", folder: LocalPath) -> Optional[Path]:
+    """The files in one, without packing what does not shrink."""
+    if not files:
+        return None
+    archive = folder / "exchange.zip"
+    with zipfile.ZipFile(archive, "w") as zipped:
+        for file in files:
+            zipped.write(file, file.name)
+    return Path(archive)
+
+
+def _empty_folder() -> LocalPath:
+    """This process's own; what an earlier training left in it is gone."""
+    folder = LocalPath(tempfile.gettempdir(), f"cog-stable-diffusion-training-{os.getpid()}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    return folder
+
+
+def _whole(value: Optional[float]) -> Optional[int]:
+    """JSON has one number type: 2.0 passes the schema's "integer" and arrives as a float."""
+    return None if value is None else int(value)
+
+
+def _file(name: str, value: Path) -> LocalPath:
+    """The server hands over a downloaded file; anything else would name one of its own files."""
+    if not isinstance(value, Path):
+        raise BadArchive(f"{name} is {str(value)[:80]!r}; it must be a URL or a data URI")
+    return LocalPath(value)
+
+
+if __name__ == "__main__":  # `accelerate launch train.py -i input_images=@photos.zip`
+    import runpy
+
+    runpy.run_module("script.tools.train", run_name="__main__")

@@ -1,0 +1,90 @@
+"""LoRA layers on a model, by PEFT; and what they have learnt, as deltas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from training.config import LoraPlan
+from weights.trained_types import LoraDelta
+
+# Attention, as cog-sdxl trains it; so its format has room for all of it.
+UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+_ADAPTER = "default"
+
+
+@contextmanager
+def attached(
+    module: nn.Module, plan: LoraPlan, targets: tuple[str, ...], seed: int
+) -> Iterator[None]:
+    """LoRA layers on the module's `targets`, in fp32, that start without effect."""
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        r=plan.rank,
+        lora_alpha=plan.alpha,  # type: ignore[arg-type]
+        use_rslora=plan.use_rslora,
+        use_dora=plan.use_dora,
+        target_modules=list(targets),
+        init_lora_weights="gaussian",  # down ~ N(0, 1 / rank²), up = 0, as diffusers does
+    )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(config, module, _ADAPTER)
+        for parameter in parameters(module).values():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        recurse_remove_peft_layers(module)
+        # What diffusers and transformers remember of adapters
+        if hasattr(module, "peft_config"):
+            del module.peft_config
+
+
+def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The LoRA layers' parameters, by name."""
+    return {name: p for name, p in module.named_parameters() if ".lora_" in name}
+
+
+@contextmanager
+def switched_off(*modules: nn.Module) -> Iterator[None]:
+    """The modules as if they had no LoRA layers."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    with ExitStack() as stack:
+        for module in modules:
+            for layer in module.modules():
+                if isinstance(layer, BaseTunerLayer):
+                    stack.callback(layer.enable_adapters, True)
+                    layer.enable_adapters(False)
+        yield
+
+
+def deltas(module: nn.Module, part: str, plan: LoraPlan) -> dict[str, LoraDelta]:
+    """What the LoRA layers have learnt: "<part>.<path>" → delta, on the CPU."""
+    from peft.tuners.lora import LoraLayer
+
+    found = {}
+    for path, layer in module.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        inner: Any = layer
+        down, up = (
+            matrices[_ADAPTER].weight.detach().float().cpu().clone()
+            for matrices in (inner.lora_A, inner.lora_B)
+        )
+        magnitude = None
+        if plan.use_dora:
+            magnitude = inner.lora_magnitude_vector[_ADAPTER].weight.detach().float().cpu()
+            magnitude = magnitude.reshape(-1, 1).clone()
+        # LoraDelta scales by alpha / rank.
+        found[f"{part}.{path}"] = LoraDelta(down, up, plan.scaling * plan.rank, magnitude)
+    return found
