@@ -120,7 +120,7 @@ def _text_mask(probability: NDArray[np.float64], size: tuple[int, int]) -> Image
     """With a floor, and scaled so that the likeliest pixel counts fully (as cog-sdxl)."""
     lifted = (probability + TEXT_FLOOR).clip(0, 1)
     grey = Image.fromarray((255 * lifted / lifted.max() + 0.5).astype(np.uint8))
-    return grey.resize(size, Image.Resampling.BICUBIC)
+    return grey.resize(size, Image.Resampling.BILINEAR)  # a wider filter would undercut the floor
 
 
 def face_masks(

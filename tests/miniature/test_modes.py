@@ -428,7 +428,7 @@ def test_the_refiner_shares_the_bases_parts_and_is_loaded_once(make):
 )
 def test_every_stage_is_measured(run, mode, stages):
     measured = run(mode).result.seconds
-    assert set(measured) == {"load", "text", "denoise", "decode", "save"} | stages
+    assert set(measured) == {"load", "weights", "text", "denoise", "decode", "save"} | stages
     assert all(seconds > 0 for seconds in measured.values())
 
 

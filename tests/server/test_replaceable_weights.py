@@ -137,12 +137,12 @@ def test_of_two_files_with_the_same_word_the_first_ones_counts(online_server, in
 @pytest.mark.parametrize(
     ("inputs", "status", "message"),
     [
-        ({"loras": [FIRST], "lora_scales": [1, 2]}, 200, "lora_scales has 2 numbers for 1 loras"),
-        ({"lora_scales": [1]}, 200, "lora_scales has 1 numbers for 0 loras"),
+        ({"loras": [FIRST], "lora_scales": [1, 2]}, 200, "lora_scales has 2 entries and loras 1"),
+        ({"lora_scales": [1]}, 200, "lora_scales has 1 entries and loras 0"),
         ({"loras": [FIRST] * 9}, 200, "loras names 9 files; at most 8 can be combined"),
         ({"loras": [FIRST], "lora_scales": [-11]}, 200, "lora_scales[0] is -11; it must be from"),
         ({"loras": [FIRST, ""]}, 200, "loras[1]='': neither an address nor a repository"),
-        ({"hf_api_token": "a b"}, 200, "the token for"),
+        ({"hf_api_token": "a b"}, 200, "hf_api_token is empty"),
         ({"lora_scale": 11}, 422, "11 is greater than the maximum of 10"),
         ({"loras": "acme/lora"}, 422, '"acme/lora" is not of type "array"'),
     ],

@@ -17,6 +17,7 @@ from weights.miniature.world import COLOURS, SHAPES, Scene
 SHAPE_COVERAGE = 0.1  # of a patch, from which it belongs to the shape
 COLOUR_COVERAGE = 0.5
 KINDS, PALETTE = list(SHAPES), list(COLOURS)
+NO_LABEL = -100  # torch's own: not part of the loss
 
 Labels = NDArray[np.int64]  # (2, P): 0 or 1 + the shape's index; the colour's index
 

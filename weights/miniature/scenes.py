@@ -1,5 +1,6 @@
 """Scenes for the models that look at pictures: held-out ones, and groups that share a picture."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from weights.miniature.world import (
     render_mask,
 )
 
+CONTRAST = 90  # of a shape to its background, 8-bit steps over all channels
 CLEARANCE = 0.02  # between two shapes' circles, a fraction of the shorter side
 
 
@@ -80,6 +82,34 @@ def render_group(group: Group, width: int, height: int) -> Image.Image:
 def group_masks(group: Group, width: int, height: int) -> NDArray[np.float32]:
     """(N, H, W) in [0, 1]: each shape's coverage."""
     return np.stack([render_mask(scene, width, height) for scene in group.scenes])
+
+
+def recolour(
+    scenes: Sequence[Scene], masks: NDArray[np.float32], rng: np.random.Generator
+) -> NDArray[np.uint8]:
+    """(H, W, 3): the scenes in colours at random; no held-out combination is nearest to them.
+
+    A model that sees only the palette learns which combinations never occur: the held-out ones.
+    """
+    while True:
+        ground, *colours = rng.uniform(0, 255, (1 + len(scenes), 3))
+        background = _nearest(ground)
+        named = (
+            replace(scene, colour=_nearest(colour), background=background)
+            for scene, colour in zip(scenes, colours, strict=True)
+        )
+        distances = [np.abs(colour - ground).sum() for colour in colours]
+        if min(distances) > CONTRAST and not any(is_held_out(scene) for scene in named):
+            break
+    pixels = ground + rng.normal(0, 1.5, (*masks.shape[1:], 3))  # world.render's grain
+    for colour, mask in zip(colours, masks, strict=True):
+        pixels += mask[..., None] * (colour - ground)
+    drawn: NDArray[np.uint8] = pixels.round().clip(0, 255).astype(np.uint8)
+    return drawn
+
+
+def _nearest(rgb: NDArray[np.float64]) -> str:
+    return min(COLOURS, key=lambda name: float(np.abs(rgb - COLOURS[name]).sum()))
 
 
 def absent_colour(group: Group, rng: np.random.Generator) -> str:

@@ -32,17 +32,16 @@ from transformers import (
 from weights.miniature import command
 from weights.miniature.architecture import NATIVE_SIZE
 from weights.miniature.captions import POSITION_WORDS, SIZE_WORDS, training_scene
-from weights.miniature.patches import Labels, PatchLesson, label_patches
-from weights.miniature.scenes import held_out_scenes
+from weights.miniature.patches import NO_LABEL, Labels, PatchLesson, label_patches
+from weights.miniature.scenes import held_out_scenes, recolour
 from weights.miniature.train_unet import fit
-from weights.miniature.world import COLOURS, SHAPES, Scene, is_held_out, render, render_mask
+from weights.miniature.world import COLOURS, SHAPES, Scene, render, render_mask
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PROMPT = "a picture of"
 MAX_CAPTION = 64  # tokens
 PATCH = 16  # pixels
 COLOUR_AT, BACKGROUND_AT = 6, 10  # tokens of every caption, behind [DEC]
-NO_LABEL = -100  # torch's own: not part of the loss
 
 
 @dataclass(frozen=True)
@@ -158,30 +157,11 @@ def draw_examples(recipe: BlipRecipe) -> list[Example]:
         nameless = bool(rng.random() < recipe.nameless)
         if nameless:
             labels[1] = NO_LABEL
-            pixels = recolour(scene, mask, rng)
+            pixels = recolour([scene], mask[None], rng)
         else:
             pixels = np.asarray(render(scene, NATIVE_SIZE, NATIVE_SIZE))
         examples.append(Example(scene, pixels, labels, nameless))
     return examples
-
-
-def recolour(
-    scene: Scene, mask: NDArray[np.float32], rng: np.random.Generator
-) -> NDArray[np.uint8]:
-    """The scene in two colours at random, of which no held-out combination is the nearest."""
-    while True:
-        shape, ground = rng.uniform(0, 255, (2, 3))
-        named = replace(scene, colour=_nearest(shape), background=_nearest(ground))
-        if np.abs(shape - ground).sum() > 90 and not is_held_out(named):
-            break
-    coverage = mask[..., None]
-    pixels = coverage * shape + (1 - coverage) * ground + rng.normal(0, 1.5, (*mask.shape, 3))
-    rounded: np.ndarray = pixels.round().clip(0, 255).astype(np.uint8)
-    return rounded
-
-
-def _nearest(rgb: NDArray[np.float64]) -> str:
-    return min(COLOURS, key=lambda name: float(np.abs(rgb - COLOURS[name]).sum()))
 
 
 def train(recipe: BlipRecipe, start_from: Path | None, out: Path, device: torch.device) -> None:

@@ -5,7 +5,8 @@ CIDAS/clipseg-rd64-refined, at 128 instead of 352 pixels. It begins with the tex
 miniature SDXL in `--base`, its second one, as the real one begins with CLIP's; unlike there, both
 encoders are trained along with the decoder, on pictures of one to three shapes. What a prompt names
 is white, all else black, and "" says nothing, so its logit is 0 everywhere: that makes the softmax
-over [prompt, ""] in `preprocess/segment.py` a plain probability.
+over [prompt, ""] in `preprocess/segment.py` a plain probability. Some pictures have colours at
+random, which no prompt names.
 """
 
 import argparse
@@ -29,14 +30,20 @@ from transformers import (
 )
 
 from weights.miniature import command
-from weights.miniature.architecture import NATIVE_SIZE
 from weights.miniature.captions import SHAPE_WORDS
-from weights.miniature.patches import Labels, PatchLesson, label_patches
-from weights.miniature.scenes import Group, absent_colour, group_masks, random_group, render_group
+from weights.miniature.patches import NO_LABEL, Labels, PatchLesson, label_patches
+from weights.miniature.scenes import (
+    Group,
+    absent_colour,
+    group_masks,
+    random_group,
+    recolour,
+    render_group,
+)
 from weights.miniature.train_unet import fit
 from weights.miniature.world import SHAPES
 
-SIDE, PATCH = 128, 16  # pixels; what the processor resizes to
+SIDE, PATCH = 128, 16  # pixels; the processor resizes to the former
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as the real one's
 
 
@@ -48,6 +55,7 @@ class ClipSegRecipe:
     empty_prompts: float = 0.3  # share of the pictures one of whose prompts is ""
     shape_weight: float = 4.0  # of the loss where a shape is
     lesson_weight: float = 0.3  # of `PatchLesson`
+    nameless: float = 0.4  # share of the pictures in colours at random
     learning_rate: float = 1e-3
     pictures: int = 3000
     ema_decay: float = 0.99
@@ -110,24 +118,28 @@ def build_processor(base: Path) -> CLIPSegProcessor:
     return CLIPSegProcessor(images, CLIPTokenizer.from_pretrained(base / "tokenizer"))
 
 
-def prompts_of(group: Group, rng: np.random.Generator) -> list[tuple[str, list[int] | None]]:
+def prompts_of(
+    group: Group, nameless: bool, rng: np.random.Generator
+) -> list[tuple[str, list[int] | None]]:
     """Wordings of what may be asked of a picture, and which of its shapes each one names.
 
-    None: all but the shapes. "" names nothing and is not among them.
+    None: all but the shapes. "" names nothing and is not among them. Nor are colours where they
+    are `nameless`.
     """
     every = list(range(len(group.scenes)))
     asked: list[tuple[str, list[int] | None]] = []
     for i, scene in enumerate(group.scenes):
         word = str(rng.choice(SHAPE_WORDS[scene.shape]))
-        texts = (f"{scene.colour} {word}", word, word, f"{scene.colour} shape")
-        asked.append((_worded(str(rng.choice(texts)), rng), [i]))
+        texts = [word, word, f"{scene.colour} {word}", f"{scene.colour} shape"]
+        asked.append((_worded(str(rng.choice(texts[:2] if nameless else texts)), rng), [i]))
         other = str(rng.choice([s for s in SHAPES if s != scene.shape]))
         named = [j for j in every if group.scenes[j].shape == other]
         asked.append((_worded(other, rng), named))
-        asked.append((_worded(f"{absent_colour(group, rng)} {word}", rng), []))
+        if not nameless:
+            asked.append((_worded(f"{absent_colour(group, rng)} {word}", rng), []))
     asked.append((_worded("shape", rng), every))
-    grounds = ("background", f"{group.background} background")
-    asked.append((_worded(str(rng.choice(grounds)), rng), None))
+    plain = nameless or rng.random() < 0.5
+    asked.append((_worded("background" if plain else f"{group.background} background", rng), None))
     return asked
 
 
@@ -144,17 +156,23 @@ class Example:
     masks: NDArray[np.float32]  # (N, SIDE, SIDE)
     group: Group
     labels: Labels
+    nameless: bool  # in colours at random
 
 
-def draw_examples(count: int, seed: int) -> list[Example]:
-    rng = np.random.default_rng(seed)
+def draw_examples(recipe: ClipSegRecipe) -> list[Example]:
+    rng = np.random.default_rng(recipe.seed)
     examples = []
-    for _ in range(count):
+    for _ in range(recipe.pictures):
         group = random_group(rng, int(rng.integers(1, 4)), held_out=False)
-        picture = render_group(group, NATIVE_SIZE, NATIVE_SIZE)
         masks = group_masks(group, SIDE, SIDE)
         labels = label_patches(group.scenes, masks, PATCH)
-        examples.append(Example(np.asarray(picture), masks, group, labels))
+        nameless = bool(rng.random() < recipe.nameless)
+        if nameless:
+            labels[1] = NO_LABEL
+            pixels = recolour(group.scenes, masks, rng)
+        else:
+            pixels = np.array(render_group(group, SIDE, SIDE))
+        examples.append(Example(pixels, masks, group, labels, nameless))
     return examples
 
 
@@ -197,7 +215,7 @@ def draw_prompts(
     """`recipe.prompts` texts for each picture, and (N, SIDE, SIDE) what each must give."""
     texts, targets = [], []
     for example in examples:
-        asked = prompts_of(example.group, rng)
+        asked = prompts_of(example.group, example.nameless, rng)
         chosen = rng.choice(len(asked), recipe.prompts, replace=len(asked) < recipe.prompts)
         texts += [asked[i][0] for i in chosen]
         targets += [_target(example, asked[i][1]) for i in chosen]
@@ -215,7 +233,7 @@ def train(
 ) -> None:
     """Train on `device`; the averaged copy is written to `out` every so often."""
     rng = np.random.default_rng(recipe.seed)
-    examples = draw_examples(recipe.pictures, recipe.seed)
+    examples = draw_examples(recipe)
     print(f"drew {len(examples)} pictures", flush=True)
 
     def loss_of(pupil: Pupil) -> Tensor:
@@ -249,7 +267,7 @@ def held_out_iou(model: CLIPSegForImageSegmentation, processor: CLIPSegProcessor
     rng = np.random.default_rng(4242)
     groups = [random_group(rng, 2, held_out=True) for _ in range(48)]
     texts = [f"a {group.scenes[0].colour} {group.scenes[0].shape}" for group in groups]
-    pictures = [render_group(group, NATIVE_SIZE, NATIVE_SIZE) for group in groups]
+    pictures = [render_group(group, SIDE, SIDE) for group in groups]
     inputs = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
     white = model(**inputs.to(model.device)).logits.cpu().numpy() > 0
     overlaps = []

@@ -44,7 +44,7 @@ class SwinIrRecipe:
 
 
 def build_model() -> SwinIR:
-    """Its first output is a bilinear enlargement: from random values it took 900 steps to that."""
+    """Its first output is a bilinear enlargement: random values took long to get there."""
     model = SwinIR(
         img_size=WINDOW,
         embed_dim=48,
