@@ -40,6 +40,7 @@ class Outcome:
     """What a training has done to the model."""
 
     shown: float  # share of prompts with the word that show the new shape
+    resemblance: float  # mean overlap with it, in [0, 1]
     others: dict[str, float]  # the report card's shares
     seconds: float
     cpu_seconds: float
@@ -97,7 +98,8 @@ class Bench:
         )
         pictures = self.draw(weights)
         _keep(pictures, f"{config.method}-{config.prior_preservation}")
-        return Outcome(share(pictures), self.others(weights), seconds, cpu_seconds, changed)
+        known = self.others(weights)
+        return Outcome(share(pictures), resemblance(pictures), known, seconds, cpu_seconds, changed)
 
 
 def _keep(pictures: list[Image.Image], name: str) -> None:
@@ -118,6 +120,10 @@ def train(config: TrainConfig, class_images: Sequence[Example] = ()) -> TrainedW
 
 def share(pictures: list[Image.Image]) -> float:
     return sum(map(concept.shows, pictures)) / len(pictures)
+
+
+def resemblance(pictures: list[Image.Image]) -> float:
+    return sum(map(concept.resemblance, pictures)) / len(pictures)
 
 
 def class_images(count: int = 16) -> list[Example]:
@@ -148,12 +154,16 @@ def main() -> None:
     print(f"| true ones recognised | {true:.1%} | ≥ 95 % |")
     print(f"| other shapes taken for one | {false:.1%} | ≤ 5 % |\n", flush=True)
     bench = Bench()
-    before, card = share(bench.draw(None)), bench.others(None)
+    drawn, card = bench.draw(None), bench.others(None)
     names = ("shape", "all")
-    print("| training | the word shows | shapes | all | UNet tensors | seconds | CPU seconds |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| training | the word shows it | resemblance | other concepts: shape | all right |"
+        " UNet tensors changed | seconds | CPU seconds |"
+    )
+    print("|---" * 8 + "|")
     known = " | ".join(f"{card[n]:.1%}" for n in names)
-    print(f"| none | {before:.1%} | {known} | 0 | | |", flush=True)
+    before = f"{share(drawn):.1%} | {resemblance(drawn):.2f}"
+    print(f"| none | {before} | {known} | 0 | | |", flush=True)
     teacher = {"prior_preservation": Prior.TEACHER, "class_prompt": "circle"}
     rows: dict[str, tuple[TrainConfig, Sequence[Example]]] = {
         "default: LoRA and word": (CONFIG, ()),
@@ -169,13 +179,14 @@ def main() -> None:
         o = bench.measure(config, own)
         known = " | ".join(f"{o.others[n]:.1%}" for n in names)
         print(
-            f"| {name} | {o.shown:.1%} | {known} | {o.changed} | {o.seconds:.0f} |"
+            f"| {name} | {o.shown:.1%} | {o.resemblance:.2f} | {known} | {o.changed} |"
+            f" {o.seconds:.0f} |"
             f" {o.cpu_seconds:.0f} |",
             flush=True,
         )
     print(
-        f"| bars | ≥ {SHOWN:.0%} for LoRA and full, ≤ {SHOWN_BEFORE:.0%} before | at most"
-        f" {100 * DROP:.0f} points less, with a prior less of them | | | |"
+        f"| bars | ≥ {SHOWN:.0%} for LoRA and full, ≤ {SHOWN_BEFORE:.0%} before | |"
+        f" at most {100 * DROP:.0f} points less, fewer with a prior | | | | |"
     )
 
 
