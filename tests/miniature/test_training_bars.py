@@ -31,6 +31,7 @@ def known(bench: Bench) -> float:
     return evaluate.shares(evaluate.judge_captions(bench.pipeline, captions))["shape"]
 
 
+@pytest.mark.slow
 def test_a_short_training_teaches_the_word(bench):
     before = bars.share(bench.draw(None, count=8))
     knew = known(bench)
