@@ -7,7 +7,6 @@ plain string per description (`script/schema --check` holds this).
 import os
 import shutil
 import tempfile
-import zipfile
 from pathlib import Path as LocalPath
 from typing import TYPE_CHECKING, List, Optional  # noqa: UP035  the spelling that every version of Cog's parser reads
 
@@ -15,13 +14,19 @@ from cog import BaseModel, Input, Path
 
 from preprocess.crop import BucketRules, make_buckets, square_bucket
 from preprocess.errors import BadArchive
-from training.base_models import DEFAULT_BASE_MODEL, TRAINABLE_MODELS, Method, TrainableSpec
+from training.base_models import (
+    DEFAULT_BASE_MODEL,
+    TRAINABLE_MODELS,
+    Method,
+    Schedule,
+    TrainableSpec,
+)
 from training.config import (
     LoraFormat,
     Optimizer,
     Prior,
-    Schedule,
     TrainConfig,
+    check_class_images,
     resolve,
 )
 from training.errors import InvalidTraining
@@ -37,7 +42,7 @@ BUCKET_STEPS = 16  # sides are multiples of this part of the native one: 64 pixe
 FILETYPE_CHOICES = ["infer", "zip", "tar"]
 # script/sync: training.base_models.Method
 METHOD_CHOICES = ["lora", "full", "textual_inversion"]
-# script/sync: training.config.Schedule
+# script/sync: training.base_models.Schedule
 LR_SCHEDULER_CHOICES = ["constant", "linear", "cosine"]
 # script/sync: training.config.Optimizer
 OPTIMIZER_CHOICES = ["adamw", "adamw_8bit", "prodigy", "adafactor"]
@@ -100,9 +105,9 @@ def train(
     lora_rank: Optional[int] = Input(
         default=None, description="Rank of the LoRA; empty for the model's own", ge=1, le=256
     ),
-    lr_scheduler: str = Input(
-        default="constant",
-        description="How the learning rates go on after the warm-up",
+    lr_scheduler: Optional[str] = Input(
+        default=None,
+        description="How the learning rates go on after the warm-up; empty: the model's own",
         choices=LR_SCHEDULER_CHOICES,
     ),
     lr_warmup_steps: Optional[int] = Input(
@@ -196,14 +201,20 @@ def train(
         ge=0,
         le=1,
     ),
-    snr_gamma: float = Input(
-        default=5.0, description="Weight noise levels by min-SNR; 0: all the same", ge=0, le=1000
+    snr_gamma: Optional[float] = Input(
+        default=None,
+        description="Weight noise levels by min-SNR; 0: all the same; empty: the model's own",
+        ge=0,
+        le=1000,
     ),
     noise_offset: float = Input(
         default=0.0, description="Noise of a picture as a whole, for darks and lights", ge=0, le=1
     ),
-    caption_dropout: float = Input(
-        default=0.05, description="Share of captions that are left empty", ge=0, le=0.99
+    caption_dropout: Optional[float] = Input(
+        default=None,
+        description="Share of captions that are left out; empty: the model's own",
+        ge=0,
+        le=0.99,
     ),
     mask_floor: float = Input(
         default=0.1, description="What pixels outside of a mask count", ge=0, le=1
@@ -224,6 +235,10 @@ def train(
     ),
     prior_loss_weight: float = Input(
         default=1.0, description="What prior preservation counts beside the photos", ge=0, le=100
+    ),
+    compile_unet: bool = Input(
+        default=False,
+        description="Compile the UNet first: minutes at the start, then faster steps",
     ),
     validation: bool = Input(
         default=True, description="With 8 photos or more, hold one in 8 out and measure on it"
@@ -261,7 +276,7 @@ def train(
         use_dora=use_dora,
         train_text_encoder=train_text_encoder,
         optimizer=Optimizer(optimizer),
-        lr_scheduler=Schedule(lr_scheduler),
+        lr_scheduler=Schedule(lr_scheduler) if lr_scheduler else None,
         lr_warmup_steps=_whole(lr_warmup_steps),
         token_string=token_string,
         n_tokens=_whole(num_new_tokens),
@@ -275,6 +290,7 @@ def train(
         prior_preservation=Prior(prior_preservation),
         prior_loss_weight=prior_loss_weight,
         class_prompt=class_prompt,
+        compile_unet=compile_unet,
         checkpointing_steps=_whole(checkpointing_steps),
         validation=validation,
         preview_prompts=tuple(preview_prompts),
@@ -284,6 +300,7 @@ def train(
         verbose=verbose,
     )
     plan = resolve(config, spec, n_examples=2)  # its rules, before anything is read
+    check_class_images(class_images is not None, plan.prior)
     settings = PrepareSettings(
         token_string=token_string,
         caption_prefix=caption_prefix,
@@ -315,7 +332,7 @@ def _train(
     from torch import device as torch_device
 
     from preprocess.prepare import prepare, prepare_class_images
-    from training import export, loop, model
+    from training import export, loop, model, optimizers
     from training.dataset import Example
     from training.previews import paint
     from training.progress import Event, Previews, Started
@@ -332,10 +349,11 @@ def _train(
             crop.crop_top_left,
         )
 
-    photos = prepare(_file("input_images", input_images), settings, edition, device, output)
+    optimizers.check(config.optimizer, device)
     others = []
-    if class_images is not None:
+    if class_images is not None:  # first, as it takes no model: what is wrong shows at once
         others = prepare_class_images(_file("class_images", class_images), settings, output)
+    photos = prepare(_file("input_images", input_images), settings, edition, device, output)
     base = model.load(
         TRAINABLE_MODELS[edition][DEFAULT_BASE_MODEL], edition, torch_device(device), config.method
     )
@@ -360,7 +378,8 @@ def _train(
     )
     report = render_report(trained.plan, examples, trained.history, previews)
     files = export.write(trained, base, len(examples), output, report)
-    return TrainingOutput(weights=Path(files.archive), exchange=_zipped(files.exchange, output))
+    exchange = export.bundle(files, output)
+    return TrainingOutput(weights=Path(files.archive), exchange=exchange and Path(exchange))
 
 
 def _method(method: Optional[str], is_lora: bool) -> Method:
@@ -380,17 +399,6 @@ def _buckets(
     step = spec.native_size // BUCKET_STEPS
     rules = BucketRules(resolution, step, min_side=resolution // 2, max_side=resolution * 2)
     return make_buckets(rules)
-
-
-def _zipped(files: "tuple[LocalPath, ...]", folder: LocalPath) -> Optional[Path]:
-    """The files in one, without packing what does not shrink."""
-    if not files:
-        return None
-    archive = folder / "exchange.zip"
-    with zipfile.ZipFile(archive, "w") as zipped:
-        for file in files:
-            zipped.write(file, file.name)
-    return Path(archive)
 
 
 def _empty_folder() -> LocalPath:

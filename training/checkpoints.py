@@ -22,9 +22,10 @@ import torch
 
 from training.config import TrainPlan
 from training.dataset import Latents
-from training.errors import WrongCheckpoint
+from training.errors import DiskFull, WrongCheckpoint
 from training.optimizers import Group
 from training.progress import History
+from weights.unpack import disk_full_is
 
 _NAME = re.compile(r"step-(\d{6})")
 # Settings that may change between two parts of one training.
@@ -58,27 +59,42 @@ def save(
     history: History,
     training: str,
 ) -> Path:
-    """Write a checkpoint aside, give it its name, remove older ones. `training`: fingerprint."""
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / ".partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    """Write a checkpoint aside, give it its name, remove older ones. `training`: fingerprint.
+
+    Raises DiskFull; the checkpoint before it stays then.
+    """
     tensors = {
         "parameters": {g.name: {k: p.detach() for k, p in g.parameters.items()} for g in groups},
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
     }
-    with (aside / "state.pt").open("wb") as file:
-        torch.save(tensors, file)
-        _to_disk(file)
-    with (aside / "state.json").open("w", encoding="utf-8") as text:
-        json.dump({"step": step, "training": training, "history": history.to_json()}, text)
-        _to_disk(text)
-    final = folder / f"step-{step:06d}"
+    state = {"step": step, "training": training, "history": history.to_json()}
+    aside, final = folder / ".partial", folder / f"step-{step:06d}"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        with disk_full_is(lambda: _disk_full(folder, step)):
+            aside.mkdir(parents=True)
+            with (aside / "state.pt").open("wb") as file:
+                torch.save(tensors, file)
+                _to_disk(file)
+            with (aside / "state.json").open("w", encoding="utf-8") as text:
+                json.dump(state, text)
+                _to_disk(text)
+    except BaseException:  # a cancelled one too
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)
     for older in _all(folder)[:-1]:
         shutil.rmtree(older)
     return final
+
+
+def _disk_full(folder: Path, step: int) -> DiskFull:
+    return DiskFull(
+        f"the checkpoint of step {step} does not fit into {folder}: the disk is full; free some"
+        " room there and start the same training again, which goes on from its last checkpoint, or"
+        " set TRAINING_CHECKPOINTS to a folder with more"
+    )
 
 
 def _to_disk(file: Any) -> None:  # noqa: ANN401

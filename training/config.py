@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
 
-from training.base_models import Method, TrainableSpec
+from training.base_models import Method, Schedule, TrainableSpec
 from training.errors import InvalidTraining
 
 T = TypeVar("T")
@@ -31,14 +31,6 @@ class Optimizer(StrEnum):
     ADAMW_8BIT = "adamw_8bit"
     PRODIGY = "prodigy"
     ADAFACTOR = "adafactor"
-
-
-class Schedule(StrEnum):
-    """How the learning rates go on after the warm-up."""
-
-    CONSTANT = "constant"
-    LINEAR = "linear"
-    COSINE = "cosine"
 
 
 class Prior(StrEnum):
@@ -77,7 +69,7 @@ class TrainConfig:
     use_dora: bool = False
     train_text_encoder: bool = False  # a LoRA on the text encoders' attention too
     optimizer: Optimizer = Optimizer.ADAMW
-    lr_scheduler: Schedule = Schedule.CONSTANT
+    lr_scheduler: Schedule | None = None
     lr_warmup_steps: int | None = None
     max_grad_norm: float = 1.0
     token_string: str = "TOK"  # the word that stands for the concept in captions
@@ -93,6 +85,7 @@ class TrainConfig:
     prior_loss_weight: float = 1.0
     class_prompt: str = ""  # what the concept is one of
     gradient_checkpointing: bool | None = None  # None: where the device's memory is short
+    compile_unet: bool = False  # minutes at the start for faster steps
     checkpointing_steps: int | None = None  # None: no checkpoints
     validation: bool = True  # with 8 examples or more, hold one in 8 out and measure on it
     preview_prompts: tuple[str, ...] = ()
@@ -150,6 +143,7 @@ class TrainPlan:
     prior_loss_weight: float
     class_prompt: str
     gradient_checkpointing: bool | None
+    compile_unet: bool
     checkpointing_steps: int | None
     held_out: int  # examples
     validation_steps: int | None
@@ -202,7 +196,7 @@ def resolve(config: TrainConfig, spec: TrainableSpec, n_examples: int) -> TrainP
         text_encoder_lr=rate["text_encoder_lr"],
         lora=_lora(config, spec) if config.method is Method.LORA else None,
         optimizer=config.optimizer,
-        lr_scheduler=config.lr_scheduler,
+        lr_scheduler=_or(config.lr_scheduler, recipe.lr_scheduler),
         lr_warmup_steps=warmup,
         max_grad_norm=config.max_grad_norm,
         token_string=config.token_string,
@@ -217,6 +211,7 @@ def resolve(config: TrainConfig, spec: TrainableSpec, n_examples: int) -> TrainP
         prior_loss_weight=config.prior_loss_weight,
         class_prompt=config.class_prompt,
         gradient_checkpointing=config.gradient_checkpointing,
+        compile_unet=config.compile_unet,
         checkpointing_steps=config.checkpointing_steps,
         held_out=held_out,
         validation_steps=max(1, steps // STEPS_PER_CHECK) if held_out else None,
@@ -372,6 +367,20 @@ def _check_method(config: TrainConfig) -> None:
     if config.method is Method.TEXTUAL_INVERSION and config.ti_lr == 0:
         raise InvalidTraining("ti_lr is 0, and method textual_inversion trains nothing else")
     _check_prior(config)
+
+
+def check_class_images(given: bool, prior: Prior) -> None:
+    """Class images and their kind of prior belong together. Raises InvalidTraining."""
+    if given and prior is not Prior.CLASS_IMAGES:
+        raise InvalidTraining(
+            f"class_images is set and prior_preservation is {prior}, which has no use for them; set"
+            f" it to {Prior.CLASS_IMAGES}, or leave them out"
+        )
+    if not given and prior is Prior.CLASS_IMAGES:
+        raise InvalidTraining(
+            f"prior_preservation is {prior} and class_images is empty; send an archive of pictures"
+            f" of the class, or set it to {Prior.TEACHER}, which needs none"
+        )
 
 
 def _check_prior(config: TrainConfig) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,13 +10,16 @@ from torch import Tensor
 
 from training.base_models import Method
 from training.config import LoraFormat, TrainPlan
+from training.errors import DiskFull
 from training.loop import Trained
 from training.model import TrainableModel
 from weights import trained_export
 from weights.trained import POOLING_HEADER_KEY
 from weights.trained_types import ModelShapes
+from weights.unpack import disk_full_is
 
 ARCHIVE = "trained_model.tar"  # replicate/cog-sdxl's name
+EXCHANGE = "exchange.zip"
 _ARCHITECTURE = "stable-diffusion-xl-v1-base"
 _IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 
@@ -37,8 +41,40 @@ def write(
 ) -> ExportedFiles:
     """Write the archive, and what other programs read if the plan says so, into `folder`.
 
-    `report` is an HTML page that travels in the archive.
+    `report` is an HTML page that travels in the archive. Raises DiskFull; nothing is left then.
     """
+    with disk_full_is(lambda: _disk_full(folder)):
+        return _write(trained, model, n_images, folder, report)
+
+
+def bundle(files: ExportedFiles, folder: Path) -> Path | None:
+    """What other programs take, in one zip, without packing what does not shrink.
+
+    None if there is nothing. Raises DiskFull.
+    """
+    if not files.exchange:
+        return None
+    path = folder / EXCHANGE
+    with disk_full_is(lambda: _disk_full(folder)), zipfile.ZipFile(path, "w") as zipped:
+        for file in files.exchange:
+            zipped.write(file, file.name)
+    return path
+
+
+def _disk_full(folder: Path) -> DiskFull:
+    return DiskFull(
+        f"what was learnt does not fit into {folder}: the disk is full; free some room there and"
+        " start again, with checkpointing_steps, so that little has to be done twice"
+    )
+
+
+def _write(
+    trained: Trained,
+    model: TrainableModel,
+    n_images: int,
+    folder: Path,
+    report: str | None,
+) -> ExportedFiles:
     folder.mkdir(parents=True, exist_ok=True)
     shapes = ModelShapes.of(model.modules())
     weights, plan = trained.weights, trained.plan

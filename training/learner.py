@@ -15,7 +15,7 @@ from training import lora, losses
 from training.base_models import Method
 from training.config import Prior, TrainPlan
 from training.dataset import Batch
-from training.model import TrainableModel, training_mode
+from training.model import TrainableModel, compiled, training_mode
 from training.optimizers import Group
 from training.textual_inversion import NewWord, Reader, known
 from weights.trained_types import TEXT_ENCODERS, UNET, Pooling, TokenVectors, TrainedWeights
@@ -80,7 +80,7 @@ class Learner:
         embeds, pooled = self.reader.read(captions)
         added = {"text_embeds": pooled, "time_ids": batch.time_ids.to(device, embeds.dtype)}
         output = unet(
-            noisy.to(device, unet.dtype),
+            noisy.to(device, self.model.unet_dtype),
             batch.timesteps.to(device),
             embeds,
             added_cond_kwargs=added,
@@ -124,6 +124,7 @@ def prepared(model: TrainableModel, plan: TrainPlan) -> Iterator[Learner]:
         end = plan.max_train_steps
         teacher = None
         stack.enter_context(training_mode(model.unet, _recomputes(model, plan)))
+        stack.enter_context(compiled(model.unet, plan.compile_unet))
         if plan.lora is not None:
             attach = lora.attached(model.unet, plan.lora, lora.UNET_TARGETS, plan.seed)
             stack.enter_context(attach)

@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from PIL import Image
 
 from training import checkpoints, dataset, optimizers
-from training.config import Prior, TrainConfig, TrainPlan, resolve
+from training.config import Prior, TrainConfig, TrainPlan, check_class_images, resolve
 from training.dataset import Batch, Example, Latents
 from training.errors import Diverged, InvalidTraining
 from training.learner import Learner, prepared
-from training.model import TrainableModel
+from training.model import TrainableModel, uncompiled
 from training.progress import (
     Bar,
     CheckpointSaved,
@@ -109,11 +109,7 @@ def _check(
     dataset.check_examples(examples, "example")
     dataset.check_examples(class_images, "class image")
     dataset.check_captions(dataset.split(examples, plan)[0], plan)
-    if bool(class_images) != (plan.prior is Prior.CLASS_IMAGES):
-        raise InvalidTraining(
-            f"there are {len(class_images)} class images and prior_preservation is {plan.prior};"
-            f" class images belong to {Prior.CLASS_IMAGES}, which cannot do without them"
-        )
+    check_class_images(bool(class_images), plan.prior)
     if plan.preview_prompts and paint is None:
         raise InvalidTraining("there are preview_prompts, but nothing that draws them; leave out")
 
@@ -265,10 +261,14 @@ class _Training:
         plan = self.learner.plan
         last = step == plan.max_train_steps
         if plan.validation_steps and (step % plan.validation_steps == 0 or last):
-            self.tell(HeldOutLoss(step, self._held_out_loss()))
+            with uncompiled():
+                loss = self._held_out_loss()
+            self.tell(HeldOutLoss(step, loss))
         due = plan.preview_steps is not None and step % plan.preview_steps == 0
         if plan.preview_prompts and (due or last) and self.accelerator.is_main_process:
-            self.tell(Previews(step, plan.preview_prompts, self._paint()))
+            with uncompiled():
+                images = self._paint()
+            self.tell(Previews(step, plan.preview_prompts, images))
 
     @torch.no_grad()
     def _held_out_loss(self) -> float:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from training.base_models import Method, TrainableSpec
 from training.dataset import Noise
+from training.errors import MissingCompiler
 from weights import cache
 from weights.catalog import Edition
 from weights.trained_types import TEXT_ENCODERS, UNET
@@ -36,12 +38,10 @@ class TrainableModel:
     tokenizers: Mapping[str, CLIPTokenizer]  # by the same names
     noising: DDPMScheduler  # noise schedule and prediction type of the model's own config
     scheduler_config: Mapping[str, object]
-
-    @property
-    def device(self) -> torch.device:
-        """Where all parts are."""
-        device: torch.device = self.unet.device
-        return device
+    # diffusers' own properties of these names look through all modules each time they are asked,
+    # which took a fifth of a step.
+    device: torch.device  # where all parts are
+    unet_dtype: torch.dtype  # of what it takes in
 
     @property
     def prediction_type(self) -> str:
@@ -114,6 +114,8 @@ def load(
         },
         noising=diffusers.DDPMScheduler.from_config(config),
         scheduler_config=config,
+        device=device,
+        unet_dtype=unet_dtype,
     )
 
 
@@ -132,3 +134,35 @@ def training_mode(unet: UNet2DConditionModel, recompute: bool) -> Iterator[None]
     finally:
         unet.eval()
         unet.disable_gradient_checkpointing()
+
+
+@contextmanager
+def compiled(unet: UNet2DConditionModel, wanted: bool) -> Iterator[None]:
+    """The UNet's steps compiled by torch.compile, if that is wanted, and as they were afterwards.
+
+    Each size of picture is compiled for itself, at its first step. Raises MissingCompiler.
+    """
+    if not wanted:
+        yield
+        return
+    if unet.device.type == "cpu" and not _has_compiler():
+        raise MissingCompiler(
+            "compile_unet needs a C++ compiler on a CPU, and none was found; install g++, name one"
+            " in CXX, or leave compile_unet out"
+        )
+    try:
+        unet.compile()
+        yield
+    finally:
+        unet._compiled_call_impl = None  # what nn.Module.compile sets
+
+
+def _has_compiler() -> bool:
+    names = (os.environ.get("CXX"), "g++", "clang++")
+    return any(name and shutil.which(name) for name in names)
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """What runs but now and then, such as a preview, is not worth a compilation."""
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import signal
@@ -18,10 +19,16 @@ from PIL import Image
 
 from tests.miniature import concept
 from training import loop, lora
-from training.base_models import MINIATURE_SDXL, Method
-from training.config import LoraFormat, Optimizer, Prior, Schedule, TrainConfig, resolve
+from training.base_models import MINIATURE_SDXL, Method, Schedule
+from training.config import LoraFormat, Optimizer, Prior, TrainConfig, resolve
 from training.dataset import TRAINING, Batch, draw, encode
-from training.errors import InvalidTraining, MissingOptimizer, WrongCheckpoint
+from training.errors import (
+    DiskFull,
+    InvalidTraining,
+    MissingCompiler,
+    MissingOptimizer,
+    WrongCheckpoint,
+)
 from training.learner import prepared
 from training.loop import Trained
 from training.model import TrainableModel, load
@@ -281,9 +288,9 @@ def test_prior_by_teacher_and_by_class_images(train):
 
 
 def test_class_images_and_their_setting_belong_together(train):
-    with pytest.raises(InvalidTraining, match="there are 0 class images"):
+    with pytest.raises(InvalidTraining, match="class_images is empty"):
         train(prior_preservation=Prior.CLASS_IMAGES, class_prompt="a circle")
-    with pytest.raises(InvalidTraining, match="there are 2 class images"):
+    with pytest.raises(InvalidTraining, match="class_images is set"):
         train(class_images=small_examples(2))
 
 
@@ -369,6 +376,53 @@ def test_gradient_checkpointing_changes_nothing(train):
     assert difference(plain, less_memory) < 1e-5
 
 
+def test_compiling_is_for_the_training_alone(train, model, monkeypatch):
+    calls = []
+
+    def compile_in_place(unet):
+        def call(*inputs, **named):
+            calls.append(torch.is_grad_enabled())
+            return unet._call_impl(*inputs, **named)
+
+        unet._compiled_call_impl = call
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_in_place)
+    plain, compiled = train(), train(compile_unet=True)
+    assert calls == [True] * 4
+    assert difference(plain, compiled) == 0
+    assert model.unet._compiled_call_impl is None
+    with pytest.raises(Stop):
+        train(StopAt(StepDone, 2), compile_unet=True)
+    assert model.unet._compiled_call_impl is None
+
+
+@pytest.mark.slow
+def test_a_compiled_unet_learns_the_same(train, model, monkeypatch):
+    """With a backend that only traces: what is traced, and when, is the same."""
+    traced = []
+
+    def backend(graph, inputs):
+        traced.append(graph)
+        return graph.forward
+
+    compile_in_place = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: compile_in_place(self, backend=backend)
+    )
+    plain = train(n=8)
+    compiled = train(n=8, compile_unet=True)  # of which one is held out, and measured at each step
+    assert len(traced) == 2  # before and after the pivot
+    assert difference(plain, compiled) < 1e-5
+    assert compiled.history.held_out == [(s, pytest.approx(x)) for s, x in plain.history.held_out]
+
+
+def test_compiling_needs_a_compiler(train, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(MissingCompiler, match=r"none was found; install g\+\+"):
+        train(compile_unet=True)
+
+
 def test_held_out_loss_is_always_the_same_measure(train):
     events = Recorder()
     trained = train(events, n=8, lora_lr=0.0, ti_lr=0.0)
@@ -422,6 +476,19 @@ def test_a_stopped_training_goes_on_where_its_checkpoint_is(train, tmp_path):
     assert resumed.history.losses == pytest.approx(whole.history.losses, rel=1e-5)
     assert resumed.history.pivot_step == whole.history.pivot_step == 3
     assert resumed.history.held_out == [(s, pytest.approx(x)) for s, x in whole.history.held_out]
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(train, tmp_path, monkeypatch):
+    def save(tensors, file):
+        if any((tmp_path / "checkpoints").glob("step-*")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(tensors, file)
+
+    plain = torch.save
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(DiskFull, match=r"the checkpoint of step 4 does not fit into .* free some"):
+        train(checkpointing_steps=2)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
 
 
 def test_another_training_s_checkpoint_is_refused(train):

@@ -1,7 +1,7 @@
-"""A short training teaches something of the new word. How much it should, and what it may cost, are
-the bars of `python -m tests.miniature.training_bars`, which the present recipe does not meet."""
+"""A training with no options teaches the new word, and leaves the other words alone.
 
-from dataclasses import replace
+All methods and priors: `python -m tests.miniature.training_bars`.
+"""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from tests.miniature.training_bars import Bench
 from weights.miniature import evaluate
 from weights.miniature.captions import held_out_captions
 
-STEPS = 250
-CAPTIONS = 16
+CAPTIONS = 24
+LEFT = 2 / CAPTIONS  # the bar is 5 % of 64; another CPU's rounding may turn one caption more
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,8 @@ def bench() -> Bench:
     return Bench()
 
 
-def test_the_judge_of_crescents():
-    true, false = bars.judge_of_crescents()
+def test_the_judge_of_houses():
+    true, false = bars.judge_of_houses()
     assert true >= 0.95
     assert false <= 0.05
 
@@ -31,14 +31,12 @@ def known(bench: Bench) -> float:
     return evaluate.shares(evaluate.judge_captions(bench.pipeline, captions))["shape"]
 
 
-@pytest.mark.slow
-def test_a_short_training_teaches_the_word(bench):
-    before = bars.share(bench.draw(None, count=8))
-    knew = known(bench)
-    weights = bars.train(replace(bars.CONFIG, max_train_steps=STEPS, verbose=False))
-    after = bars.share(bench.draw(weights, count=8))
+def test_a_training_without_options_teaches_the_word(bench):
+    before, knew = bars.share(bench.draw(None)), known(bench)
+    weights = bars.train(bars.CONFIG)
+    after = bars.share(bench.draw(weights))
     with torch.inference_mode(), bench.wearing(weights):
         knows = known(bench)
-    assert before <= 0.125
-    assert after >= before + 0.25
-    assert knows >= knew - 0.5
+    assert before <= bars.SHOWN_BEFORE
+    assert after >= bars.SHOWN
+    assert knows >= knew - LEFT

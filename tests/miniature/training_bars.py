@@ -32,7 +32,7 @@ from weights.trigger_words import replace_trigger_words
 PROMPTS, PROMPT_SEED, NOISE_SEED = 16, 77, 100
 SHOWN, SHOWN_BEFORE, DROP = 0.75, 0.1, 0.05  # bars
 PARTS = ("unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-CONFIG = TrainConfig(seed=0)
+CONFIG = TrainConfig(seed=0, verbose=False)
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,8 @@ def class_images(count: int = 16) -> list[Example]:
     return found
 
 
-def judge_of_crescents() -> tuple[float, float]:
-    """Shares of true crescents and of other shapes that the template match takes for one."""
+def judge_of_houses() -> tuple[float, float]:
+    """Shares of true houses and of other shapes that the template match takes for one."""
     true = [concept.render(p, k)[0] for k, p in enumerate(concept.pictures(200, 5))]
     rng = np.random.default_rng(3)
     others = [world.render(world.random_scene(rng), concept.SIDE, concept.SIDE) for _ in range(200)]
@@ -149,8 +149,8 @@ def judge_of_crescents() -> tuple[float, float]:
 
 
 def main() -> None:
-    true, false = judge_of_crescents()
-    print("| the judge of crescents | share | bar |\n|---|---|---|")
+    true, false = judge_of_houses()
+    print("| the judge of houses | share | bar |\n|---|---|---|")
     print(f"| true ones recognised | {true:.1%} | ≥ 95 % |")
     print(f"| other shapes taken for one | {false:.1%} | ≤ 5 % |\n", flush=True)
     bench = Bench()
@@ -164,7 +164,7 @@ def main() -> None:
     known = " | ".join(f"{card[n]:.1%}" for n in names)
     before = f"{share(drawn):.1%} | {resemblance(drawn):.2f}"
     print(f"| none | {before} | {known} | 0 | | |", flush=True)
-    teacher = {"prior_preservation": Prior.TEACHER, "class_prompt": "circle"}
+    teacher = {"prior_preservation": Prior.TEACHER, "class_prompt": "square"}
     rows: dict[str, tuple[TrainConfig, Sequence[Example]]] = {
         "default: LoRA and word": (CONFIG, ()),
         "with the base model as teacher": (replace(CONFIG, **teacher), ()),

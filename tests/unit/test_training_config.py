@@ -6,8 +6,8 @@ from dataclasses import fields
 
 import pytest
 
-from training.base_models import MINIATURE_SDXL, SDXL, Method
-from training.config import LoraFormat, Optimizer, Prior, Schedule, TrainConfig, TrainPlan, resolve
+from training.base_models import MINIATURE_SDXL, SDXL, Method, Schedule
+from training.config import LoraFormat, Optimizer, Prior, TrainConfig, TrainPlan, resolve
 from training.errors import InvalidTraining
 from training.optimizers import rate_factor
 

@@ -1,10 +1,12 @@
 """Trained weights as files: read back by our reader to the same deltas, and by other programs."""
 
+import errno
 import hashlib
 import io
 import json
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,8 +27,10 @@ from tests.unit.test_training_config import plan
 from training import export
 from training.base_models import MINIATURE_SDXL, Method
 from training.config import LoraFormat
+from training.errors import DiskFull
 from training.loop import Trained
 from training.progress import History
+from weights import trained_export
 from weights.trained_export import (
     cog_sdxl_lora,
     hashes,
@@ -261,3 +265,14 @@ def test_diffusers_reads_the_archive_s_lora():
     for module, delta in weights.lora.items():
         up, down = peft[f"{module}.lora_B.weight"], peft[f"{module}.lora_A.weight"]
         torch.testing.assert_close((up @ down).double(), change(delta), atol=1e-5, rtol=1e-5)
+
+
+def test_a_full_disk_names_the_folder_and_leaves_nothing(tmp_path, monkeypatch):
+    def fail(path: Path, *_: object) -> None:
+        path.write_bytes(b"a part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(trained_export, "write_safetensors", fail)
+    with pytest.raises(DiskFull, match=r"does not fit into .*: the disk is full; free some room"):
+        write(tmp_path, trained_weights(attention_modules()))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,195 @@
+"""The training loop of replicate/cog-sdxl (trainer_pti.py at c79cb3c), stated again to be measured.
+
+What costs time or memory there is kept: LoRA as separate layers inside the attention processors,
+both text encoders forwards and backwards in every step (after the pivot too), gradients and
+optimizer state for the whole vocabularies, vectors pulled back twice a step, the loss fetched for
+each step. What it does wrong otherwise is not: it trains here at the size that it says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+
+from training.dataset import Latents
+from training.model import TrainableModel
+
+TOKENS = ["<s0>", "<s1>"]
+LORA_LR, TI_LR = 1e-4, 3e-4
+LORA_DECAY, TI_DECAY = 1e-4, 1e-3
+RETRACT_POWER = 0.1
+
+Batch = tuple[tuple[Tensor, Tensor], Tensor, Tensor]
+
+
+class _LoraLinear(nn.Module):
+    def __init__(self, n_in: int, n_out: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(n_in, rank, bias=False)
+        self.up = nn.Linear(rank, n_out, bias=False)
+        nn.init.normal_(self.down.weight, std=1 / rank)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, states: Tensor) -> Tensor:
+        result: Tensor = self.up(self.down(states.to(self.down.weight.dtype)))
+        return result.to(states.dtype)
+
+
+class _LoraProcessor(nn.Module):
+    """diffusers' LoRAAttnProcessor2_0, as of 0.25."""
+
+    def __init__(self, hidden: int, cross: int | None, rank: int) -> None:
+        super().__init__()
+        self.to_q_lora = _LoraLinear(hidden, hidden, rank)
+        self.to_k_lora = _LoraLinear(cross or hidden, hidden, rank)
+        self.to_v_lora = _LoraLinear(cross or hidden, hidden, rank)
+        self.to_out_lora = _LoraLinear(hidden, hidden, rank)
+
+    def __call__(
+        self,
+        attn: Any,  # noqa: ANN401
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        **_: object,
+    ) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+
+        def heads(x: Tensor) -> Tensor:
+            return x.reshape(*x.shape[:2], attn.heads, -1).transpose(1, 2)
+
+        query = heads(attn.to_q(hidden_states) + self.to_q_lora(hidden_states))
+        key = heads(attn.to_k(context) + self.to_k_lora(context))
+        value = heads(attn.to_v(context) + self.to_v_lora(context))
+        out = functional.scaled_dot_product_attention(query, key, value)
+        out = out.transpose(1, 2).flatten(-2).to(query.dtype)
+        return attn.to_out[1](attn.to_out[0](out) + self.to_out_lora(out))  # type: ignore[no-any-return]
+
+
+class _Pairs(Dataset[Batch]):
+    """Tokens, one frozen latent sample, and its mask in four channels."""
+
+    def __init__(self, items: Sequence[Latents], scaling: float, tokens: list[Any]) -> None:
+        self._rows: list[Batch] = []
+        for item, ids in zip(items, zip(*tokens, strict=True), strict=True):
+            view = item.views[0]
+            latent = (view.mean + view.std * torch.randn_like(view.std)) * scaling
+            self._rows.append((ids, latent, view.mask.expand_as(latent)))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self._rows[index]
+
+
+@dataclass
+class PeerTraining:
+    """One run of it."""
+
+    model: TrainableModel
+    items: Sequence[Latents]
+    batch_size: int
+    rank: int
+    steps: int
+
+    def run(self, on_step: Callable[[int, float], None]) -> None:
+        """All steps; tells the number, from 1, and the loss of each."""
+        loader = self._loader()
+        layers = self._attach()
+        tables = [
+            encoder.get_input_embeddings().weight.requires_grad_(True)  # type: ignore[operator]
+            for encoder in self.model.text_encoders.values()
+        ]
+        originals = [table.detach().clone() for table in tables]
+        deviations = [table[: -len(TOKENS)].std() for table in originals]
+        groups = [
+            {"params": layers, "lr": LORA_LR, "weight_decay": LORA_DECAY},
+            {"params": tables, "lr": TI_LR, "weight_decay": TI_DECAY},
+        ]
+        optimizer = torch.optim.AdamW(groups)
+        step = 0
+        while step < self.steps:
+            for batch in loader:
+                if step == self.steps // 2:
+                    optimizer = torch.optim.AdamW(groups[:1])
+                loss = self._loss(*batch)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                optimizer.zero_grad()
+                self._retract(tables, originals, deviations)
+                step += 1
+                on_step(step, loss.item())
+                if step == self.steps:
+                    break
+
+    def _loader(self) -> DataLoader[Batch]:
+        device = self.model.device
+        tokens = []
+        for part, tokenizer in self.model.tokenizers.items():
+            tokenizer.add_special_tokens({"additional_special_tokens": TOKENS})
+            encoder: Any = self.model.text_encoders[part]
+            encoder.resize_token_embeddings(len(tokenizer))
+            captions = [item.caption.replace("TOK", "".join(TOKENS)) for item in self.items]
+            tokens.append(
+                tokenizer(
+                    captions,
+                    padding="max_length",
+                    max_length=77,
+                    truncation=True,
+                    return_tensors="pt",
+                ).input_ids.to(device)
+            )
+        pairs = _Pairs(self.items, self.model.noise.scaling_factor, tokens)
+        return DataLoader(pairs, batch_size=self.batch_size, shuffle=True)
+
+    def _attach(self) -> list[nn.Parameter]:
+        unet = self.model.unet
+        processors = {}
+        for name in unet.attn_processors:
+            cross = None if name.endswith("attn1.processor") else unet.config.cross_attention_dim
+            attention: Any = unet.get_submodule(name.removesuffix(".processor"))
+            hidden = attention.to_q.in_features
+            processors[name] = _LoraProcessor(hidden, cross, self.rank).to(self.model.device)
+        unet.set_attn_processor(processors)
+        return [p for processor in processors.values() for p in processor.parameters()]
+
+    def _loss(self, tokens: tuple[Tensor, Tensor], latents: Tensor, mask: Tensor) -> Tensor:
+        model, device = self.model, self.model.device
+        states, pooled = [], None
+        for ids, encoder in zip(tokens, model.text_encoders.values(), strict=True):
+            output = encoder(ids, output_hidden_states=True)
+            states.append(output.hidden_states[-2])
+            pooled = output[0]
+        height, width = (8 * side for side in latents.shape[-2:])
+        time_ids = torch.tensor([[height, width, 0, 0, height, width]] * len(latents))
+        latents, mask = latents.to(device, model.unet_dtype), mask.to(device)
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(0, model.noise.n_timesteps, (len(latents),), device=device)
+        predicted = model.unet(
+            model.noising.add_noise(latents, noise, timesteps),
+            timesteps,
+            torch.cat(states, dim=-1),
+            added_cond_kwargs={
+                "text_embeds": pooled,
+                "time_ids": time_ids.to(device, model.unet_dtype),
+            },
+        ).sample
+        wanted = model.wanted(latents, noise, timesteps)
+        loss: Tensor = ((predicted - wanted).square() * mask).mean()
+        return loss
+
+    @torch.no_grad()
+    def _retract(
+        self, tables: list[Tensor], originals: list[Tensor], deviations: list[Tensor]
+    ) -> None:
+        new = slice(-len(TOKENS), None)
+        for _ in range(2):  # a loop over both encoders around one that goes over both itself
+            for table, original, deviation in zip(tables, originals, deviations, strict=True):
+                table[: new.start] = original[: new.start]
+                table[new] *= (deviation / table[new].std()) ** RETRACT_POWER
