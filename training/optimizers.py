@@ -37,9 +37,7 @@ def build(kind: Optimizer, group: Group, device: torch.device) -> torch.optim.Op
     rate, decay = group.learning_rate, group.weight_decay
     if kind is Optimizer.ADAMW:
         # Fused: some hundred small tensors in one call, a tenth of a step on a CPU otherwise.
-        return torch.optim.AdamW(
-            parameters, lr=rate, betas=BETAS, weight_decay=decay, fused=True
-        )
+        return torch.optim.AdamW(parameters, lr=rate, betas=BETAS, weight_decay=decay, fused=True)
     if kind is Optimizer.PRODIGY:
         from prodigyopt import Prodigy
 
