@@ -52,6 +52,7 @@ QUICK = TrainConfig(
     lora_rank=4,
     resolution=64,
     caption_dropout=0.0,
+    lr_scheduler=Schedule.CONSTANT,  # the same rates however many steps there are
     verbose=False,
 )
 PART, ROWS = "text_encoder_2", "word.vectors"
