@@ -156,8 +156,9 @@ class PeerTraining:
             attention: Any = unet.get_submodule(name.removesuffix(".processor"))
             hidden = attention.to_q.in_features
             processors[name] = _LoraProcessor(hidden, cross, self.rank).to(self.model.device)
-        unet.set_attn_processor(processors)
-        return [p for processor in processors.values() for p in processor.parameters()]
+        layers = [p for processor in processors.values() for p in processor.parameters()]
+        unet.set_attn_processor(processors)  # which empties the dictionary
+        return layers
 
     def _loss(self, tokens: tuple[Tensor, Tensor], latents: Tensor, mask: Tensor) -> Tensor:
         model, device = self.model, self.model.device
