@@ -350,6 +350,8 @@ def _train(
         )
 
     optimizers.check(config.optimizer, device)
+    if config.compile_unet:
+        model.check_compiler(device)
     others = []
     if class_images is not None:  # first, as it takes no model: what is wrong shows at once
         others = prepare_class_images(_file("class_images", class_images), settings, output)

@@ -124,7 +124,7 @@ def prepared(model: TrainableModel, plan: TrainPlan) -> Iterator[Learner]:
         end = plan.max_train_steps
         teacher = None
         stack.enter_context(training_mode(model.unet, _recomputes(model, plan)))
-        stack.enter_context(compiled(model.unet, plan.compile_unet))
+        stack.enter_context(compiled(model, plan.compile_unet))
         if plan.lora is not None:
             attach = lora.attached(model.unet, plan.lora, lora.UNET_TARGETS, plan.seed)
             stack.enter_context(attach)

@@ -137,7 +137,7 @@ def training_mode(unet: UNet2DConditionModel, recompute: bool) -> Iterator[None]
 
 
 @contextmanager
-def compiled(unet: UNet2DConditionModel, wanted: bool) -> Iterator[None]:
+def compiled(model: TrainableModel, wanted: bool) -> Iterator[None]:
     """The UNet's steps compiled by torch.compile, if that is wanted, and as they were afterwards.
 
     Each size of picture is compiled for itself, at its first step. Raises MissingCompiler.
@@ -145,21 +145,22 @@ def compiled(unet: UNet2DConditionModel, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    if unet.device.type == "cpu" and not _has_compiler():
+    check_compiler(model.device.type)
+    try:
+        model.unet.compile()
+        yield
+    finally:
+        model.unet._compiled_call_impl = None  # what nn.Module.compile sets
+
+
+def check_compiler(device: str) -> None:
+    """Raises MissingCompiler where torch.compile cannot work on a kind of device."""
+    names = (os.environ.get("CXX"), "g++", "clang++")
+    if device == "cpu" and not any(name and shutil.which(name) for name in names):
         raise MissingCompiler(
             "compile_unet needs a C++ compiler on a CPU, and none was found; install g++, name one"
             " in CXX, or leave compile_unet out"
         )
-    try:
-        unet.compile()
-        yield
-    finally:
-        unet._compiled_call_impl = None  # what nn.Module.compile sets
-
-
-def _has_compiler() -> bool:
-    names = (os.environ.get("CXX"), "g++", "clang++")
-    return any(name and shutil.which(name) for name in names)
 
 
 def uncompiled() -> AbstractContextManager[None]:

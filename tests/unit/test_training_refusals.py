@@ -142,3 +142,10 @@ def test_a_full_disk(refused, monkeypatch):
     said = refused(GOOD, {})
     assert "input_images does not fit into" in said
     assert "the disk is full; free some room" in said
+
+
+def test_no_compiler(refused, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    said = refused(GOOD, {"compile_unet": "true"})
+    assert "compile_unet needs a C++ compiler on a CPU, and none was found; install g++" in said
