@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from generation import canvas, modes, outputs, prompts, refine
+from generation import canvas, modes, noise, outputs, prompts, refine
 from generation.adapters import Adapter
 from generation.base_models import BASE_MODELS, DEFAULT_BASE_MODEL, BaseModelSpec
 from generation.blending import Mask
@@ -47,13 +47,15 @@ class GenerationResult:
 class Engine:
     """Makes pictures with the models of one edition on one device. One request at a time."""
 
-    def __init__(self, edition: Edition, device: Device) -> None:
+    def __init__(
+        self, edition: Edition, device: Device, store: PipelineStore | None = None
+    ) -> None:
         self.device = torch.device(device)
         # fp16 holds more of the published weights' precision than bf16 at the same speed; CPUs are
         # faster in fp32 than in either.
         self.dtype = torch.float32 if device == "cpu" else torch.float16
         self._models = BASE_MODELS[edition]
-        self._store = PipelineStore(edition, self.device, self.dtype)
+        self._store = store or PipelineStore(edition, self.device, self.dtype)
         self._replaceable: dict[str, ReplaceableWeights] = {}  # by base model
 
     @torch.inference_mode()
@@ -100,6 +102,7 @@ class Engine:
             adapters = replaceable.read(plan.weights, plan.tokens)
         with (
             _explain_out_of_memory(plan),
+            noise.drawn_in_fp32(),
             stages.around("weights", replaceable.applied(adapters)) as own,
         ):
             painter = _Painter.open(self._store, spec, _in_words(plan, adapters), own, stages)

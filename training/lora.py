@@ -26,6 +26,8 @@ def attached(
     from diffusers.utils.peft_utils import recurse_remove_peft_layers
     from peft import LoraConfig, inject_adapter_in_model
 
+    from training import lora_layers
+
     config = LoraConfig(
         r=plan.rank,
         lora_alpha=plan.alpha,  # type: ignore[arg-type]
@@ -34,6 +36,8 @@ def attached(
         target_modules=list(targets),
         init_lora_weights="gaussian",  # down ~ N(0, 1 / rank²), up = 0, as diffusers does
     )
+    if not plan.use_dora:
+        lora_layers.use(config)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

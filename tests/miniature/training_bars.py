@@ -108,8 +108,10 @@ def _keep(pictures: list[Image.Image], name: str) -> None:
         evaluate.contact_sheet(pictures, columns=8).save(Path(folder) / f"{name}.png")
 
 
-def train(config: TrainConfig, class_images: Sequence[Example] = ()) -> TrainedWeights:
-    model = load(MINIATURE_SDXL, Edition.MINIATURE, torch.device("cpu"), config.method)
+def train(
+    config: TrainConfig, class_images: Sequence[Example] = (), device: str = "cpu"
+) -> TrainedWeights:
+    model = load(MINIATURE_SDXL, Edition.MINIATURE, torch.device(device), config.method)
     examples = concept.examples()
     with tempfile.TemporaryDirectory() as folder:
         trained = loop.fit(

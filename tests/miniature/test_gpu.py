@@ -1,0 +1,93 @@
+"""What a GPU does: the CPU's pictures in fp16, and trainings in bf16 that teach as well."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from generation.engine import Engine
+from generation.request import Margins
+from tests.miniature import training_bars as bars
+from tests.miniature.stock import COG_ARCHIVE, TYPED
+from weights.catalog import Edition
+from weights.miniature import world
+from weights.miniature.captions import held_out_captions
+from weights.miniature.evaluate import CAPTION_SEED, row_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+CAPTIONS = 16
+CLOSE = 1.0  # mean difference in steps of 255; another seed differs by more
+
+MODES = {
+    "txt2img": {},
+    "img2img": {"image": "picture"},
+    "inpaint": {"image": "picture", "mask": "mask"},
+    "outpaint": {"image": "picture", "outpaint": Margins(16, 0, 0, 0)},
+    "expert": {"refine": "expert_ensemble_refiner"},
+    "base_image": {"refine": "base_image_refiner"},
+    "ancestral": {"scheduler": "K_EULER_ANCESTRAL"},
+    "trained": {"prompt": TYPED, "replicate_weights": COG_ARCHIVE.url},
+}
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Engine:
+    engine = Engine(Edition.MINIATURE, "cuda")
+    engine.load()
+    return engine
+
+
+@pytest.fixture
+def files(tmp_path):
+    scene = world.random_scene(np.random.default_rng(3))
+    mask = Image.new("L", (128, 128), 0)
+    mask.paste(255, (32, 32, 96, 96))
+    found = {}
+    for name, picture in (("picture", world.render(scene, 128, 128)), ("mask", mask)):
+        found[name] = tmp_path / f"{name}.png"
+        picture.save(found[name])
+    return found
+
+
+def test_captions_are_followed_as_well(gpu, make):
+    captions = held_out_captions(CAPTIONS, CAPTION_SEED)
+    right = {}
+    for engine in ("gpu", "cpu"):
+        changes = {"engine": gpu} if engine == "gpu" else {}
+        made = [
+            make(prompt=c.text, seed=k, num_inference_steps=20, **changes).pictures[0]
+            for k, c in enumerate(captions)
+        ]
+        rows = [row_of(c, picture) for c, picture in zip(captions, made, strict=True)]
+        right[engine] = sum(all(row.right.values()) for row in rows)
+    assert right["gpu"] >= right["cpu"] - 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_gpu_makes_the_cpus_picture(gpu, make, files, mode):
+    changes = {k: files.get(v, v) if isinstance(v, str) else v for k, v in MODES[mode].items()}
+    (here,), (there,) = make(engine=gpu, **changes).pictures, make(**changes).pictures
+    (other,) = make(**{**changes, "seed": 99}).pictures
+    assert difference(here, there) < CLOSE < difference(other, there)
+
+
+def difference(a: Image.Image, b: Image.Image) -> float:
+    first, second = (np.asarray(picture, np.float32) for picture in (a, b))
+    return float(np.abs(first - second).mean())
+
+
+def test_a_request_is_repeated_byte_for_byte_after_another_with_weights(gpu, make):
+    first = make(engine=gpu).bytes
+    make(engine=gpu, prompt=TYPED, replicate_weights=COG_ARCHIVE.url)
+    assert make(engine=gpu).bytes == first
+
+
+@pytest.mark.parametrize("changes", [{}, {"compile_unet": True}], ids=["eager", "compiled"])
+def test_a_training_teaches_the_word(changes):
+    weights = bars.train(replace(bars.CONFIG, **changes), device="cuda")
+    assert bars.share(bars.Bench().draw(weights)) >= bars.SHOWN
