@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +13,11 @@ from torch import Tensor, nn
 from training import lora, losses
 from training.base_models import Method
 from training.config import Prior, TrainPlan
+from training.cuda_graphs import Graphed, Pass
 from training.dataset import Batch
 from training.model import TrainableModel, compiled, training_mode
 from training.optimizers import Group
-from training.textual_inversion import NewWord, Reader, known
+from training.textual_inversion import NewWord, Reader, known, text_pass
 from weights.trained_types import TEXT_ENCODERS, UNET, Pooling, TokenVectors, TrainedWeights
 from weights.trigger_words import replace_trigger_words
 
@@ -37,7 +37,8 @@ class Learner:
     word: NewWord
     reader: Reader
     groups: list[Group]
-    teacher: nn.Module | None  # method full: the UNet as it was
+    unet: Pass
+    teacher: Pass | None  # method full: the UNet as it was
 
     def loss(self, batch: Batch) -> Tensor:
         """What the batch costs."""
@@ -46,7 +47,7 @@ class Learner:
             t.to(device) for t in (batch.latents, batch.noise, batch.timesteps)
         )
         wanted = model.wanted(latents, noise, timesteps)
-        predicted = self._predict(model.unet, batch, batch.captions)
+        predicted = self._predict(self.unet, batch, batch.captions)
         mask = batch.mask.to(device)
         error = losses.masked_error(predicted, wanted, mask, self.plan.mask_floor)
         return (error * self._weights(timesteps)).mean()
@@ -69,24 +70,23 @@ class Learner:
             torch.no_grad(),
             lora.switched_off(self.model.unet, *self.model.text_encoders.values()),
         ):
-            wanted = self._predict(self.teacher or self.model.unet, batch, captions)
-        predicted = self._predict(self.model.unet, batch, captions)
+            wanted = self._predict(self.teacher or self.unet, batch, captions)
+        predicted = self._predict(self.unet, batch, captions)
         error = losses.masked_error(predicted, wanted, torch.ones_like(batch.mask).to(device), 1.0)
         return (error * self._weights(batch.timesteps.to(device))).mean()
 
-    def _predict(self, unet: Any, batch: Batch, captions: list[str]) -> Tensor:  # noqa: ANN401
+    def _predict(self, unet: Pass, batch: Batch, captions: list[str]) -> Tensor:
         device = self.model.device
         noisy = self.model.noising.add_noise(batch.latents, batch.noise, batch.timesteps)
         embeds, pooled = self.reader.read(captions)
-        added = {"text_embeds": pooled, "time_ids": batch.time_ids.to(device, embeds.dtype)}
-        output = unet(
+        (predicted,) = unet(
             noisy.to(device, self.model.unet_dtype),
             batch.timesteps.to(device),
             embeds,
-            added_cond_kwargs=added,
+            pooled,
+            batch.time_ids.to(device, embeds.dtype),
         )
-        sample: Tensor = output.sample
-        return sample
+        return predicted
 
     def result(self) -> TrainedWeights:
         """What has been learnt, on the CPU."""
@@ -134,13 +134,47 @@ def prepared(model: TrainableModel, plan: TrainPlan) -> Iterator[Learner]:
                 groups.append(_text_encoder_group(stack, model, plan))
         elif plan.method is Method.FULL:
             if plan.prior is Prior.TEACHER:
-                teacher = copy.deepcopy(model.unet).requires_grad_(False)
+                teacher = unet_pass(copy.deepcopy(model.unet).requires_grad_(False))
             model.unet.requires_grad_(True)
             stack.callback(model.unet.requires_grad_, False)
             learning = dict(model.unet.named_parameters())
             groups.append(Group("unet", learning, plan.unet_learning_rate, UNET_DECAY, end))
-        reader = Reader(model, word.tokenizers, plan.trigger_words)
-        yield Learner(model, plan, word, reader, groups, teacher)
+        unet, encode = unet_pass(model.unet), text_pass(model.text_encoders)
+        if _replays(model, plan):
+            # Each with its own parameters: what another pass has under way must not be touched.
+            own = {group.name: list(group.parameters.values()) for group in groups}
+            texts = own["word"] + own.get("text_encoders", [])
+            unet = stack.enter_context(closing(Graphed(unet, own.get("lora", []))))
+            encode = stack.enter_context(closing(Graphed(encode, texts)))
+        reader = Reader(encode, word.tokenizers, plan.trigger_words, model.device)
+        yield Learner(model, plan, word, reader, groups, unet, teacher)
+
+
+def unet_pass(unet: nn.Module) -> Pass:
+    """The UNet as a function of tensors: noisy latents, timesteps, embeddings, pooled, time ids."""
+
+    def predict(
+        noisy: Tensor, timesteps: Tensor, embeds: Tensor, pooled: Tensor, time_ids: Tensor
+    ) -> tuple[Tensor]:
+        added = {"text_embeds": pooled, "time_ids": time_ids}
+        return (unet(noisy, timesteps, embeds, added_cond_kwargs=added).sample,)
+
+    return predict
+
+
+def _replays(model: TrainableModel, plan: TrainPlan) -> bool:
+    """Whether passes become CUDA graphs: where each forward pass is followed by its backward one.
+
+    Not with method full, whose gradients would be in memory twice, nor where activations are
+    recomputed, which asks the GPU for its random state.
+    """
+    return (
+        model.device.type == "cuda"
+        and plan.method is not Method.FULL
+        and plan.prior is Prior.OFF
+        and plan.gradient_accumulation_steps == 1
+        and not _recomputes(model, plan)
+    )
 
 
 def _recomputes(model: TrainableModel, plan: TrainPlan) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from torch import Tensor
 
 from training import checkpoints, dataset, optimizers
 from training.config import Prior, TrainConfig, TrainPlan, check_class_images, resolve
@@ -157,8 +158,9 @@ class _Training:
         began = time.monotonic()
         for step in range(first, plan.max_train_steps):
             self._freeze(step)
-            loss, prior = self._accumulate(step, next(batches), next(priors))
+            losses = self._accumulate(step, next(batches), next(priors))
             rates = self._move(step, movers)
+            loss, prior = self._fetch(step, losses)
             seconds = (time.monotonic() - began) / (step + 1 - first)
             left = seconds * (plan.max_train_steps - step - 1)
             self.tell(StepDone(step + 1, loss, prior, rates, seconds, left))
@@ -195,10 +197,8 @@ class _Training:
         if not encoders_learn:
             self.learner.reader.remember()
 
-    def _accumulate(
-        self, step: int, batches: list[list[int]], priors: list[list[int]]
-    ) -> tuple[float, float | None]:
-        """Gradients of one step, the mean over its batches; the loss, and the prior's."""
+    def _accumulate(self, step: int, batches: list[list[int]], priors: list[list[int]]) -> Tensor:
+        """Gradients of one step, the mean over its batches; the loss and the prior's, (2,)."""
         plan, learner = self.learner.plan, self.learner
         total = torch.zeros(2, device=learner.model.device)
         for k, indices in enumerate(batches):
@@ -216,7 +216,12 @@ class _Training:
                     total[1] += prior.detach() / len(batches)
             total[0] += own.detach() / len(batches)
             self.accelerator.backward(loss / len(batches))
-        own_mean, prior_mean = self.accelerator.reduce(total, "mean").tolist()
+        return total
+
+    def _fetch(self, step: int, losses: Tensor) -> tuple[float, float | None]:
+        """The step's losses as numbers. A GPU is waited for here, with all of its step queued."""
+        plan = self.learner.plan
+        own_mean, prior_mean = self.accelerator.reduce(losses, "mean").tolist()
         if not math.isfinite(own_mean + prior_mean):
             raise Diverged(
                 f"the loss became {own_mean} in step {step + 1}; lower the learning rates, or use"

@@ -13,17 +13,18 @@ from torch.nn import functional
 class LeanLinear(Linear):
     """PEFT's layer with a single adapter, without dropout and without variants such as DoRA.
 
-    A weight in fp32 gets the update added to it, and there is one product: thin matrices are slow on
-    a CPU. A weight of lower precision would round the update away, so there the two thin products
-    are made, and added to the output by the second of them.
+    A weight in fp32 gets the update added to it, and there is one product: thin matrices are slow
+    on a CPU. A weight of lower precision would round the update away: there the two thin products
+    are made, and the second one adds them to the output.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        """(..., n_in) to (..., n_out)."""
         base = cast("nn.Linear", self.base_layer)
         if self.disable_adapters:
             return cast("Tensor", base(x, *args, **kwargs))
         (name,) = self.active_adapters
-        down, up = self.lora_A[name].weight, self.lora_B[name].weight
+        down, up = (cast("nn.Linear", m[name]).weight for m in (self.lora_A, self.lora_B))
         scaling = self.scaling[name]
         if base.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
             weight = torch.addmm(base.weight, up, down, alpha=scaling)

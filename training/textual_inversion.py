@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import TrainPlan
+from training.cuda_graphs import Pass
 from training.dataset import generator
 from training.errors import InvalidTraining
 from training.model import TrainableModel
@@ -128,15 +129,37 @@ def known(word: NewWord, model: TrainableModel) -> Iterator[None]:
         yield
 
 
+def text_pass(text_encoders: Mapping[str, nn.Module]) -> Pass:
+    """Ids of both tokenizers, (B, 77) each, to prompt embeddings (B, 77, width) and pooled ones."""
+
+    def encode(*ids: Tensor) -> tuple[Tensor, Tensor]:
+        states = []
+        pooled = None
+        for part, own in zip(TEXT_ENCODERS, ids, strict=True):
+            output = text_encoders[part](own, output_hidden_states=True)
+            states.append(output.hidden_states[-2])
+            pooled = output[0]  # the second encoder's projection counts
+        assert pooled is not None
+        return torch.cat(states, dim=-1), pooled
+
+    return encode
+
+
 class Reader:
     """Captions to what the UNet is conditioned on; remembers it once nothing of it learns."""
 
     def __init__(
-        self, model: TrainableModel, tokenizers: Mapping[str, Any], words: Mapping[str, str]
+        self,
+        encode: Pass,
+        tokenizers: Mapping[str, Any],
+        words: Mapping[str, str],
+        device: torch.device,
     ) -> None:
-        self._model = model
+        """`encode` is a `text_pass`; `words` are trigger words and the tokens they stand for."""
+        self._pass = encode
         self._tokenizers = tokenizers
         self._words = words
+        self._device = device
         self._ids: dict[str, list[Tensor]] = {}  # caption → ids of both tokenizers, (77,)
         self._known: dict[str, tuple[Tensor, Tensor]] | None = None
 
@@ -158,17 +181,11 @@ class Reader:
         return torch.stack([f[0] for f in found]), torch.stack([f[1] for f in found])
 
     def _encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        states = []
-        pooled = None
-        for number, part in enumerate(TEXT_ENCODERS):
-            ids = torch.stack([self._tokens(caption)[number] for caption in captions])
-            output = self._model.text_encoders[part](
-                ids.to(self._model.device), output_hidden_states=True
-            )
-            states.append(output.hidden_states[-2])
-            pooled = output[0]  # the second encoder's projection counts
-        assert pooled is not None
-        return torch.cat(states, dim=-1), pooled
+        tokens = [self._tokens(caption) for caption in captions]
+        embeds, pooled = self._pass(
+            *(torch.stack(ids).to(self._device) for ids in zip(*tokens, strict=True))
+        )
+        return embeds, pooled
 
     def _tokens(self, caption: str) -> list[Tensor]:
         if caption not in self._ids:

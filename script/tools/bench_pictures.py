@@ -75,7 +75,7 @@ class Ours:
             _set_up_random(self.predictor)
         self._schema = document(Path(__file__).parents[2])
         self.stages: dict[str, float] = {}
-        self.predictor.record_metric = self._hear  # type: ignore[method-assign]
+        self.predictor.record_metric = self._hear
 
     def _hear(self, name: str, value: Any, *_: object) -> None:  # noqa: ANN401
         if name.startswith("seconds."):
@@ -234,8 +234,8 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             for number, (name, workload) in enumerate(WORKLOADS.items()):
                 left = began + arguments.budget - time.monotonic()
                 end = time.monotonic() + left / (len(WORKLOADS) - number)
-                times = measure(sides, workload, arguments.runs, end)
-                row = figures(name, workload, *times, ours.stages)
+                theirs, own = measure(sides, workload, arguments.runs, end)
+                row = figures(name, workload, theirs, own, ours.stages)
                 if arguments.model == MINIATURE:
                     del row["times_the_floor"]
                 print(json.dumps(row), flush=True)

@@ -249,6 +249,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if arguments.steps < MIN_STEPS:
         parser.error(f"--steps {arguments.steps} is too few; {MIN_STEPS} at least")
+    if arguments.model == SDXL and not _has_gpu():
+        parser.error("--model sdxl needs a CUDA GPU; leave it out to measure on the miniature")
     if arguments.size is None:
         arguments.size = 128 if arguments.model == MINIATURE else 768
     if arguments.side:
@@ -258,6 +260,12 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         return
     names = [side for side in SIDES if side != "compiled" or arguments.compiled]
     print(table([measure(names, arguments) for _ in range(arguments.rounds)]))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def table(rounds: list[dict[str, Sample]]) -> str:

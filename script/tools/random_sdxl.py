@@ -1,4 +1,4 @@
-"""SDXL as it is built, with random weights: what speed and memory are measured on without its files.
+"""SDXL as it is built, with random weights: to measure speed and memory without its files.
 
 Sizes are those of stabilityai's published configs; a test holds the numbers of parameters.
 """

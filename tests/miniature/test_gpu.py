@@ -9,8 +9,13 @@ from PIL import Image
 
 from generation.engine import Engine
 from generation.request import Margins
+from tests.miniature import concept
 from tests.miniature import training_bars as bars
 from tests.miniature.stock import COG_ARCHIVE, TYPED
+from training import learner, loop
+from training.base_models import MINIATURE_SDXL, Method
+from training.model import load
+from training.progress import StepDone
 from weights.catalog import Edition
 from weights.miniature import world
 from weights.miniature.captions import held_out_captions
@@ -87,7 +92,24 @@ def test_a_request_is_repeated_byte_for_byte_after_another_with_weights(gpu, mak
     assert make(engine=gpu).bytes == first
 
 
-@pytest.mark.parametrize("changes", [{}, {"compile_unet": True}], ids=["eager", "compiled"])
+def losses(tmp_path, **changes) -> list[float]:
+    """Of 16 steps, half before the pivot."""
+    model = load(MINIATURE_SDXL, Edition.MINIATURE, torch.device("cuda"), Method.LORA)
+    config = replace(bars.CONFIG, max_train_steps=16, lora_lr=3e-3, **changes)
+    told = []
+    loop.fit(concept.examples(), (), config, model, tmp_path, told.append, None)
+    return [event.loss for event in told if isinstance(event, StepDone)]
+
+
+def test_a_replayed_training_is_the_eager_one(tmp_path, monkeypatch):
+    replayed = losses(tmp_path / "replayed")
+    monkeypatch.setattr(learner, "_replays", lambda model, plan: False)
+    eager = losses(tmp_path / "eager")
+    assert replayed == pytest.approx(eager, rel=0.01)
+    assert losses(tmp_path / "other", lora_rank=2) != pytest.approx(eager, rel=0.01)
+
+
+@pytest.mark.parametrize("changes", [{}, {"compile_unet": True}], ids=["replayed", "compiled"])
 def test_a_training_teaches_the_word(changes):
     weights = bars.train(replace(bars.CONFIG, **changes), device="cuda")
     assert bars.share(bars.Bench().draw(weights)) >= bars.SHOWN

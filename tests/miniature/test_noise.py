@@ -55,9 +55,13 @@ def test_half_precision_makes_the_same_pictures(half, make, files, name):
 
 
 def test_what_diffusers_draws_is_the_librarys_again_afterwards():
-    with pytest.raises(KeyboardInterrupt), noise.drawn_in_fp32():
-        assert torch_utils.torch is not torch
-        raise KeyboardInterrupt
+    def cancelled():
+        with noise.drawn_in_fp32():
+            assert torch_utils.torch is not torch
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cancelled()
     assert torch_utils.torch is torch
 
 
