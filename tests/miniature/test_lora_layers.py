@@ -1,0 +1,84 @@
+"""Our LoRA layers compute what PEFT's do."""
+
+import pytest
+import torch
+from peft.tuners.lora import Linear
+
+from training import lora, lora_layers
+from training.config import LoraPlan
+from training.lora_layers import LeanLinear
+
+PLAN = LoraPlan(rank=3, alpha=4.0, use_rslora=False, use_dora=False, text_encoder=False)
+TARGETS = ("to_q", "to_out")
+
+
+class Small(torch.nn.Module):
+    """One layer with a bias and one without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q = torch.nn.Linear(6, 8, bias=False)
+        self.to_out = torch.nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.to_out(torch.tanh(self.to_q(x)))
+
+
+def passes(x, plan=PLAN, dtype=torch.float32, autocast=False):
+    """Output, and the gradients of what learns, with layers that have learnt something."""
+    torch.manual_seed(0)
+    module = Small().to(dtype).requires_grad_(False)
+    with lora.attached(module, plan, TARGETS, seed=1):
+        kinds = {type(m) for m in module.modules() if isinstance(m, Linear)}
+        g = torch.Generator().manual_seed(2)
+        for name, parameter in lora.parameters(module).items():
+            if "lora_B" in name:
+                parameter.data = 0.1 * torch.randn(parameter.shape, generator=g)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = module(x)
+        output.float().square().sum().backward()
+        found = {n: p.grad.clone() for n, p in lora.parameters(module).items()}
+        with lora.switched_off(module):
+            off = module(x)
+    assert torch.equal(off, module(x))
+    return kinds, output.detach(), found
+
+
+@pytest.fixture
+def peft_passes(monkeypatch):
+    """The same with PEFT's own layers."""
+
+    def peft_passes(*arguments, **options):
+        with monkeypatch.context() as context:
+            context.setattr(lora_layers, "use", lambda config: None)
+            return passes(*arguments, **options)
+
+    return peft_passes
+
+
+@pytest.mark.parametrize("shape", [(6,), (7, 6), (2, 7, 6)], ids=str)
+def test_fp32_is_pefts_to_rounding(peft_passes, shape):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(3))
+    kinds, output, gradients = passes(x)
+    theirs, wanted, wanted_gradients = peft_passes(x)
+    assert (kinds, theirs) == ({LeanLinear}, {Linear})
+    torch.testing.assert_close(output, wanted)
+    assert gradients.keys() == wanted_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted_gradients[name])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bf16_keeps_updates_that_its_weights_would_lose(peft_passes, autocast):
+    x = torch.randn(4, 7, 6, generator=torch.Generator().manual_seed(3)).bfloat16()
+    _, output, gradients = passes(x, dtype=torch.bfloat16, autocast=autocast)
+    _, wanted, wanted_gradients = peft_passes(x, dtype=torch.bfloat16, autocast=autocast)
+    torch.testing.assert_close(output, wanted, rtol=0.02, atol=0.02)
+    for name, gradient in gradients.items():
+        error = (gradient - wanted_gradients[name]).norm() / wanted_gradients[name].norm()
+        assert error < 0.02, name
+
+
+def test_dora_stays_pefts_own():
+    kinds, _, _ = passes(torch.randn(2, 6), LoraPlan(3, 4.0, False, True, False))
+    assert kinds == {Linear}
