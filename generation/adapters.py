@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,6 +46,23 @@ def _renamed(adapter: Adapter, number: int) -> Adapter:
     )
     words = {word: other(tokens) for word, tokens in weights.trigger_words.items()}
     return replace(adapter, weights=replace(weights, embeddings=embeddings, trigger_words=words))
+
+
+def text_state(adapters: Sequence[Adapter]) -> Hashable:
+    """What the adapters make of texts: equal where every text means the same."""
+    return tuple(
+        (
+            place,
+            adapter.weights.serial,
+            adapter.scale,
+        )  # the place decides what its tokens are called
+        for place, adapter in enumerate(adapters)
+        if adapter.weights.embeddings
+        or any(
+            name.startswith(TEXT_ENCODERS)
+            for name in (*adapter.weights.lora, *adapter.weights.parameters)
+        )
+    )
 
 
 class AdapterSlot:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from generation import canvas, modes, noise, outputs, prompts, refine
-from generation.adapters import Adapter
+from generation.adapters import Adapter, text_state
 from generation.base_models import BASE_MODELS, DEFAULT_BASE_MODEL, BaseModelSpec
 from generation.blending import Mask
 from generation.errors import OutOfDeviceMemory
@@ -57,6 +57,7 @@ class Engine:
         self._models = BASE_MODELS[edition]
         self._store = store or PipelineStore(edition, self.device, self.dtype)
         self._replaceable: dict[str, ReplaceableWeights] = {}  # by base model
+        self._texts = prompts.EmbeddingCache()
 
     @torch.inference_mode()
     def load(self, weights: str | None = None) -> None:
@@ -105,7 +106,10 @@ class Engine:
             noise.drawn_in_fp32(),
             stages.around("weights", replaceable.applied(adapters)) as own,
         ):
-            painter = _Painter.open(self._store, spec, _in_words(plan, adapters), own, stages)
+            texts = prompts.Texts(self._texts, (spec.name, text_state(adapters)))
+            painter = _Painter.open(
+                self._store, spec, _in_words(plan, adapters), own, texts, stages
+            )
             if source is None:
                 pictures = painter.paint((plan.width, plan.height), [], None)
             elif plan.repaint is None:
@@ -179,6 +183,7 @@ class _Painter:
         spec: BaseModelSpec,
         plan: GenerationPlan,
         own: Mapping[str, object],
+        texts: prompts.Texts,
         stages: _Stages,
     ) -> _Painter:
         """Load what the plan needs and read its prompts; `own` parts replace the model's."""
@@ -186,8 +191,8 @@ class _Painter:
             pipeline = store.pipeline(spec, plan.mode, plan.scheduler, own)
             second = store.refiner_pipeline(spec, plan.scheduler, own) if plan.refine else None
         with stages.time("text"):
-            embeddings = prompts.encode(pipeline, plan)
-            refiner = _Refiner(second, prompts.encode(second, plan)) if second else None
+            embeddings = texts.encode(pipeline, plan)
+            refiner = _Refiner(second, texts.encode(second, plan)) if second else None
         end = refine.handover(plan, store.load(spec).scheduler_config)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in plan.seeds]
         return cls(spec, plan, stages, pipeline, embeddings, refiner, end, generators)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,8 @@ class TrainedWeights:
     trigger_words: Mapping[str, str]  # typed by people → placeholder tokens: "TOK" → "<s0><s1>"
     pooling: Pooling
     description: str  # for logs: "kohya LoRA (sgm names), rank 16, 722 modules"
+    # Tells what was read from what was read at another time, where nothing may be kept alive for it
+    serial: int = field(default_factory=itertools.count().__next__, compare=False, repr=False)
 
     @property
     def n_bytes(self) -> int:

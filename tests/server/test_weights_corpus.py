@@ -60,7 +60,8 @@ def unharmed(online_server, internet, web):
     assert internet.events("run") == []
     asked = {tuple(place) for place in internet.events("connect")}
     assert asked <= {(host, "443") for host in (PUBLIC, OTHER_PUBLIC, "huggingface.co")}
-    assert {tuple(place) for place in internet.events("socket")} == {("127.0.0.1", str(web.port))}
+    # None where connections of earlier requests were still open
+    assert {tuple(place) for place in internet.events("socket")} <= {("127.0.0.1", str(web.port))}
     assert internet.web.lookups == []
     after = [server.predict(**PLAIN), *(use(server, name) for name in GOOD.values())]
     for first, second in zip(before, after, strict=True):

@@ -259,6 +259,14 @@ def _nearest_colour(lab: NDArray[np.float64]) -> str | None:
     return list(COLOURS)[best] if distances[best] <= MAX_COLOUR_DISTANCE else None
 
 
+def colour_shares(image: Image.Image) -> dict[str, float]:
+    """Each colour's share of the pixels, every pixel counting for the colour nearest to it."""
+    pixels = _lab(np.asarray(image.convert("RGB"))).reshape(-1, 3) * _LIGHTNESS_WEIGHT
+    nearest = np.linalg.norm(pixels[:, None] - _PALETTE, axis=-1).argmin(axis=1)
+    counts = np.bincount(nearest, minlength=len(COLOURS))
+    return {name: float(count) / len(pixels) for name, count in zip(COLOURS, counts, strict=True)}
+
+
 def _template(shape: str) -> NDArray[np.bool_]:
     scene = Scene(shape, "red", "blue", "large", "center", "plain", 0.5, 0.5, 0.5, 0)
     return _normalised(render_mask(scene, 4 * GRID, 4 * GRID) > 0.5)

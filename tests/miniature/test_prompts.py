@@ -1,0 +1,261 @@
+"""What prompts become: as stock diffusers and compel read them, of any length, and any text."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from compel.embeddings_provider import (
+    EmbeddingsProvider,
+    ReturnedEmbeddingsType,
+    SplitLongTextMode,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from generation.base_models import MINIATURE_SDXL
+from generation.prompts import CACHED_TEXTS, MAX_CHUNKS, EmbeddingCache, Texts
+from generation.request import resolve
+from tests.brought_weights import data_uri, word_archive
+from tests.requests import REQUEST
+
+TOKENS = 75  # of a chunk, beside its start and end
+PLAIN = "a large red circle on a blue background"
+
+
+@pytest.fixture
+def read(pristine):
+    """`read("a (red:1.3) circle")`: what becomes of a prompt, and of an empty negative one."""
+
+    def read(prompt: str, negative: str = "", cache=None, state=(), **changes):
+        request = replace(REQUEST, prompt=prompt, negative_prompt=negative, **changes)
+        plan = resolve(request, MINIATURE_SDXL, None)
+        with torch.inference_mode():
+            return Texts(cache or EmbeddingCache(), state).encode(pristine, plan)
+
+    return read
+
+
+@torch.inference_mode()
+def by_compel(pipeline, fragments, weights):
+    """compel's own way, for both encoders."""
+    states = []
+    for part in ("", "_2"):
+        provider = EmbeddingsProvider(
+            tokenizer=getattr(pipeline, f"tokenizer{part}"),
+            text_encoder=getattr(pipeline, f"text_encoder{part}"),
+            truncate=False,
+            returned_embeddings_type=ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED,
+            split_long_text_mode=SplitLongTextMode.PHRASES,
+        )
+        states.append(provider.get_embeddings_for_weighted_prompt_fragments([fragments], [weights]))
+    return torch.cat(states, dim=-1)
+
+
+@pytest.mark.parametrize("prompt", [PLAIN, "", r"a \(red\) circle", "a circle, " * 15])
+def test_plain_text_is_read_as_the_stock_pipeline_reads_it(read, pristine, prompt):
+    typed = prompt.replace("\\", "")
+    with torch.inference_mode():
+        wanted = pristine.encode_prompt(typed, negative_prompt="blue")
+    ours = read(prompt, "blue")
+    for mine, stock in zip(
+        vars(ours).values(), (wanted[0], wanted[2], wanted[1], wanted[3]), strict=True
+    ):
+        assert torch.equal(mine, stock)
+
+
+WEIGHTED = {
+    "a (red:1.4) circle": (["a ", "red", " circle"], [1, 1.4, 1]),
+    "a red++ circle": (["a ", "red", " circle"], [1, 1.21, 1]),
+    "a (red:0.6) circle": (["a ", "red", " circle"], [1, 0.6, 1]),
+    "[a red] (circle:0)": (["a red ", "circle"], [1 / 1.1, 0]),
+}
+
+
+@pytest.mark.parametrize("prompt", WEIGHTED)
+def test_weights_are_compels(read, pristine, prompt):
+    fragments, weights = WEIGHTED[prompt]
+    ours = read(prompt)
+    torch.testing.assert_close(
+        ours.prompt_embeds, by_compel(pristine, fragments, weights), rtol=1e-4, atol=1e-5
+    )
+    assert torch.equal(ours.pooled_prompt_embeds, read("".join(fragments)).pooled_prompt_embeds)
+    plain = read("".join(fragments)).prompt_embeds
+    assert (ours.prompt_embeds - plain).abs().max() > 0.01
+
+
+def test_long_texts_are_compels(read, pristine):
+    text = "a large red circle on a blue background, " * 12
+    ours = read(text)
+    assert ours.prompt_embeds.shape[1] == 2 * 77
+    torch.testing.assert_close(
+        ours.prompt_embeds, by_compel(pristine, [text], [1]), rtol=1e-4, atol=1e-5
+    )
+    for changed in (text + "star", "star " + text):
+        assert not torch.equal(read(changed).prompt_embeds, ours.prompt_embeds)
+
+
+def test_words_that_look_like_padding_may_stand_anywhere(read):
+    """The second tokenizer pads with "!"."""
+    texts = ["a circle, " * 25 + "! ! ! ! red", "! (red:0.5) ! [!]", "!" * 200]
+    shapes = [read(text).prompt_embeds.shape[1] for text in texts]
+    assert shapes == [2 * 77, 77, 3 * 77]
+
+
+def test_parts_are_read_by_themselves(read):
+    both = read("a red circle BREAK blue background").prompt_embeds
+    first, second = (read(t).prompt_embeds for t in ("a red circle", "blue background"))
+    torch.testing.assert_close(both, torch.cat([first, second], dim=1), rtol=1e-4, atol=1e-5)
+    same = read('("a red circle", "blue background").and()').prompt_embeds
+    assert torch.equal(both, same)
+    half = read('("a red circle", "blue background").and(1, 0.5)').prompt_embeds
+    middle = (second + read("").prompt_embeds) / 2
+    torch.testing.assert_close(half[:, 77:], middle, rtol=1e-4, atol=1e-5)
+
+
+def test_blends_are_means(read):
+    first, second = (read(t).prompt_embeds for t in ("a red circle", "a blue star"))
+    mixed = read('("a red circle", "a blue star").blend(3, 1)').prompt_embeds
+    torch.testing.assert_close(mixed, 0.75 * first + 0.25 * second, rtol=1e-4, atol=1e-5)
+    added = read('("a red circle", "a blue star").blend(1.5, -0.5, no_normalize)').prompt_embeds
+    torch.testing.assert_close(added, 1.5 * first - 0.5 * second, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("prompt", "negative"), [("red", "blue, " * 60), ("red, " * 60, "blue")])
+def test_the_shorter_one_is_filled_up_with_an_empty_text(read, prompt, negative):
+    found = read(prompt, negative)
+    assert found.negative_prompt_embeds is not None
+    assert found.prompt_embeds.shape == found.negative_prompt_embeds.shape == (1, 2 * 77, 128)
+    short = found.prompt_embeds if prompt == "red" else found.negative_prompt_embeds
+    assert torch.equal(short[:, 77:], read("").prompt_embeds)
+    unguided = read(prompt, negative, guidance_scale=1.0)
+    assert unguided.negative_prompt_embeds is None
+    assert unguided.prompt_embeds.shape[1] == (77 if prompt == "red" else 154)
+
+
+def test_what_is_beyond_the_limit_is_left_out_and_said(read, capsys):
+    longest = "red " * (MAX_CHUNKS * TOKENS)
+    found = read(longest)
+    assert found.prompt_embeds.shape[1] == MAX_CHUNKS * 77
+    assert "tokens" not in capsys.readouterr().out
+    more = read(longest + "(blue:1.2) [star]")
+    assert torch.equal(more.prompt_embeds, found.prompt_embeds)
+    assert "prompt: only its first 1500 tokens are read" in capsys.readouterr().out
+
+
+def test_what_is_taken_literally_is_said(read, capsys):
+    found = read("a (red circle", "a [blue")
+    assert torch.equal(found.prompt_embeds, read(r"a \(red circle").prompt_embeds)
+    out = capsys.readouterr().out
+    assert "prompt: 1 bracket(s) without a partner are taken literally" in out
+    assert "negative_prompt: 1 bracket(s)" in out
+
+
+@pytest.fixture
+def calls(pristine, monkeypatch):
+    """How often the second text encoder has run."""
+    seen = []
+    forward = pristine.text_encoder_2.forward
+    monkeypatch.setattr(
+        pristine.text_encoder_2, "forward", lambda *a, **k: seen.append(1) or forward(*a, **k)
+    )
+    return seen
+
+
+def test_a_text_is_read_once(read, calls):
+    cache = EmbeddingCache()
+    first = read(PLAIN, "blue", cache)
+    once = len(calls)
+    again = read(PLAIN, "blue", cache)
+    assert len(calls) == once
+    assert torch.equal(first.prompt_embeds, again.prompt_embeds)
+    read("blue", PLAIN, cache)  # either way round
+    assert len(calls) == once
+    read(PLAIN, "blue", cache, state="other weights")
+    assert len(calls) == 2 * once
+    for number in range(CACHED_TEXTS + 1):
+        read(f"{number}", "blue", cache)
+    before = len(calls)
+    read("blue", "blue", cache)
+    assert len(calls) == before
+    read(PLAIN, "blue", cache)
+    assert len(calls) > before
+
+
+def test_other_weights_read_texts_anew(make):
+    """Trained words and LoRAs in one request leave nothing of them in the next one's texts."""
+    archive = data_uri(word_archive("TOK", "green"), "trained.tar")
+    other = data_uri(word_archive("TOK", "yellow"), "other.tar")
+    asked = {"prompt": "a large TOK circle", "num_inference_steps": 2}
+    plain = make(**asked)
+    green = make(**asked, replicate_weights=archive)
+    yellow = make(**asked, replicate_weights=other)
+    for again, first in (({}, plain), ({"replicate_weights": archive}, green)):
+        assert torch.equal(make(**asked, **again).latents, first.latents)
+    assert (green.latents - yellow.latents).abs().max() > 0.05
+    assert (green.latents - plain.latents).abs().max() > 0.05
+
+
+def test_syntax_reaches_the_picture(make):
+    asked = {"num_inference_steps": 2}
+    plain = make(prompt=PLAIN, **asked)
+    weighted = make(prompt=PLAIN.replace("red", "(red:1.5)"), **asked)
+    negative = make(prompt=PLAIN, negative_prompt="(star:1.5)", **asked)
+    refined = make(
+        prompt=PLAIN + ", large" * 60, refine="expert_ensemble_refiner", num_inference_steps=4
+    )
+    assert (plain.latents - weighted.latents).abs().max() > 0.01
+    assert (plain.latents - negative.latents).abs().max() > 0.01
+    assert refined.pictures
+
+
+PIECES = st.sampled_from(
+    [
+        "(",
+        ")",
+        "[",
+        "]",
+        "\\",
+        '"',
+        ":1.3)",
+        ":0.2)",
+        "++",
+        "--",
+        ",",
+        " ",
+        " BREAK ",
+        "!",
+        ".",
+        "red",
+        "a large circle",
+        "<|endoftext|>",
+        "<|startoftext|>",
+        "<s0>",
+        "😀",
+        "\x00",
+        "\u202e",
+        "é",
+        "\u200d",
+        "\n",
+        "!!!!",
+        "Ω" * 90,
+        ").and()",
+        ").blend(1, 0.5)",
+        "word " * 90,
+    ]
+)
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.one_of(st.text(max_size=200), st.lists(PIECES, max_size=14).map("".join)))
+def test_any_text_at_all_is_safe(read, text):
+    found = read(text, text[::-1])
+    for values in vars(found).values():
+        assert torch.isfinite(values).all()
+    assert found.prompt_embeds.shape == found.negative_prompt_embeds.shape
+
+
+def test_ten_thousand_words_are_safe(read):
+    for text in ("word " * 10_000, "x" * 50_000, "(a:0.5) " * 10_000):
+        assert read(text).prompt_embeds.shape[1] <= MAX_CHUNKS * 77
