@@ -28,6 +28,8 @@ SCHEDULER_CHOICES = [
 
 # script/sync: generation.request.Refine
 REFINE_CHOICES = ["no_refiner", "expert_ensemble_refiner", "base_image_refiner"]
+# script/sync: generation.request.OutputFormat
+OUTPUT_FORMAT_CHOICES = ["png", "webp", "jpg"]
 # script/sync: generation.request.MaskedContent
 MASKED_CONTENT_CHOICES = ["original", "fill", "noise"]
 # script/sync: generation.request.InpaintArea
@@ -187,6 +189,18 @@ class Predictor(BasePredictor):
             ge=0,
             le=1024,
         ),
+        output_format: str = Input(
+            default="png",
+            description="Kind of the files: png is lossless, webp and jpg are smaller",
+            choices=OUTPUT_FORMAT_CHOICES,
+        ),
+        output_quality: int = Input(
+            default=90, description="With webp or jpg: 100 is best and largest", ge=1, le=100
+        ),
+        embed_parameters: bool = Input(
+            default=True,
+            description="Write prompt, seed and settings into the files, where other programs look",
+        ),
         outpaint_left: int = Input(
             default=0, description="Pixels to add on the left of the image", ge=0, le=4096
         ),
@@ -234,6 +248,9 @@ class Predictor(BasePredictor):
             lora_scales=tuple(lora_scales),
             hf_api_token=_secret(hf_api_token),
             civitai_api_token=_secret(civitai_api_token),
+            output_format=output_format,
+            output_quality=int(output_quality),
+            embed_parameters=embed_parameters,
             seed=_whole(seed),
         )
         result = self.engine.generate(request, self.folders.fresh())

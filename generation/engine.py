@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from generation import canvas, modes, noise, outputs, prompts, refine
+from generation import canvas, modes, noise, outputs, parameters, prompts, refine
 from generation.adapters import Adapter, text_state
 from generation.base_models import BASE_MODELS, DEFAULT_BASE_MODEL, BaseModelSpec
 from generation.blending import Mask
@@ -117,7 +117,13 @@ class Engine:
             else:
                 pictures = _repaint(painter, source, plan.repaint)
         with stages.time("save"):
-            files = outputs.save(pictures, folder)
+            told = [
+                None
+                if plan.output.parameters is None
+                else parameters.describe(plan, spec, adapters, seed)
+                for seed in plan.seeds
+            ]
+            files = outputs.save(pictures, folder, plan.output, told)
         return GenerationResult(files, plan, stages.seconds, stages.peak_memory())
 
 
@@ -241,9 +247,13 @@ def _encode(
 
 
 def _decode(pipeline: StableDiffusionXLPipeline, latents: torch.Tensor) -> list[Image.Image]:
+    from PIL import Image
+
     pixels = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
-    pictures: list[Image.Image] = pipeline.image_processor.postprocess(pixels, output_type="pil")
-    return pictures
+    # As diffusers' VaeImageProcessor, but in eight bits before they leave the device.
+    shares = (pixels * 0.5 + 0.5).clamp(0, 1).float()  # (N, 3, H, W)
+    values = (shares * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return [Image.fromarray(picture) for picture in values]
 
 
 class _Stages:

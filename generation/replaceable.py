@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import nn
 
@@ -100,7 +101,9 @@ class ReplaceableWeights:
             key = (file.digest, file.file_name)
             weights = self._shelf.get(key)
             if weights is None:
-                weights = read_trained(file.path, name, self._shapes, file.file_name)
+                weights = replace(
+                    read_trained(file.path, name, self._shapes, file.file_name), digest=file.digest
+                )
                 self._shelf.put(key, weights)
         print(f"{name}: {weights.description}")
         return weights

@@ -2,7 +2,7 @@
 
 import math
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from generation.base_models import BaseModelSpec
 from generation.errors import InvalidRequest
 from generation.schedulers import SCHEDULERS
 from preprocess.images import MAX_IMAGE_PIXELS
-from weights.references import Source, Tokens, parse_source
+from weights.references import Source, Tokens, parse_source, shown
 
 SIDE_MULTIPLE = 8  # pixels per latent
 MAX_NUM_OUTPUTS = 4
@@ -18,6 +18,7 @@ MAX_NUM_INFERENCE_STEPS = 500
 MAX_GUIDANCE_SCALE = 50.0
 MAX_MASK_BLUR = 128  # pixels
 MAX_INPAINT_PADDING = 1024  # pixels
+MAX_OUTPUT_QUALITY = 100
 MAX_LORAS = 8
 MAX_LORA_SCALE = 10.0  # either way; beyond about 3 most LoRAs leave nothing of a picture
 SEEDS = 2**32
@@ -54,6 +55,14 @@ class Refine(StrEnum):
     NO_REFINER = "no_refiner"
     EXPERT_ENSEMBLE = "expert_ensemble_refiner"
     BASE_IMAGE = "base_image_refiner"
+
+
+class OutputFormat(StrEnum):
+    """What kind of files pictures become; the value is their suffix."""
+
+    PNG = "png"  # lossless
+    WEBP = "webp"
+    JPG = "jpg"
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,9 @@ class GenerationRequest:
     lora_scales: tuple[float, ...]  # one each, or none: 1
     hf_api_token: str | None = field(repr=False)
     civitai_api_token: str | None = field(repr=False)
+    output_format: str
+    output_quality: int  # 1 to 100; of webp and jpg
+    embed_parameters: bool  # write into the files how they were made
     seed: int | None
 
 
@@ -134,6 +146,15 @@ class RefinePlan:
 
 
 @dataclass(frozen=True)
+class OutputPlan:
+    """How pictures become files."""
+
+    format: OutputFormat
+    quality: int
+    parameters: dict[str, object] | None  # what was asked, by predict's names; None: not written
+
+
+@dataclass(frozen=True)
 class GenerationPlan:
     """A request with every value settled; what the engine carries out."""
 
@@ -150,6 +171,7 @@ class GenerationPlan:
     refine: RefinePlan | None
     weights: tuple[WeightsUse, ...]  # the first: replicate_weights or the operator's
     tokens: Tokens
+    output: OutputPlan
     seeds: tuple[int, ...]  # one per picture
 
     @property
@@ -218,6 +240,11 @@ def resolve(
         refine=_refine(request, spec, steps),
         weights=weights,
         tokens=Tokens(request.hf_api_token or None, request.civitai_api_token or None),
+        output=OutputPlan(
+            OutputFormat(request.output_format),
+            request.output_quality,
+            _asked(request) if request.embed_parameters else None,
+        ),
         seeds=_seeds(request.seed, request.num_outputs),
     )
 
@@ -228,6 +255,8 @@ def _check(request: GenerationRequest) -> None:
     _one_of("masked_content", request.masked_content, list(MaskedContent))
     _one_of("inpaint_area", request.inpaint_area, list(InpaintArea))
     _one_of("refine", request.refine, list(Refine))
+    _one_of("output_format", request.output_format, list(OutputFormat))
+    _within("output_quality", request.output_quality, 1, MAX_OUTPUT_QUALITY)
     _within("num_outputs", request.num_outputs, 1, MAX_NUM_OUTPUTS)
     _within("num_inference_steps", request.num_inference_steps, 1, MAX_NUM_INFERENCE_STEPS)
     _within("guidance_scale", request.guidance_scale, 0, MAX_GUIDANCE_SCALE)
@@ -264,6 +293,37 @@ def _at_least_one_step(strength: float, steps: int) -> tuple[float, int]:
     while int(steps * strength) < 1:
         steps += 1
     return strength, steps
+
+
+# Never written into files: secrets, files of the client's, and what other lines say.
+_NOT_TOLD = {
+    "hf_api_token",
+    "civitai_api_token",
+    "image",
+    "mask",
+    "prompt",
+    "negative_prompt",
+    "seed",
+}
+_NOT_TOLD |= {"output_format", "output_quality", "embed_parameters", "outpaint", "num_outputs"}
+
+
+def _asked(request: GenerationRequest) -> dict[str, object]:
+    """What else was asked, by predict's names; addresses without their queries and content."""
+    told: dict[str, object] = {
+        entry.name: value
+        for entry in fields(request)
+        if entry.name not in _NOT_TOLD
+        and (value := getattr(request, entry.name)) not in (None, "", ())
+    }
+    for side, margin in vars(request.outpaint).items():
+        told[f"outpaint_{side}"] = margin
+    if request.replicate_weights:
+        told["replicate_weights"] = shown(request.replicate_weights.strip())
+    if request.loras:
+        told["loras"] = [shown(reference) for reference in request.loras]
+        told["lora_scales"] = list(request.lora_scales)
+    return told
 
 
 def _repaint(request: GenerationRequest) -> RepaintPlan:

@@ -18,17 +18,20 @@ class SchedulerSpec:
     """
 
     class_name: str
+    a1111: str  # what AUTOMATIC1111/stable-diffusion-webui calls it, in pictures' parameters
     overrides: Mapping[str, bool | str | float] = field(default_factory=dict)
 
 
 SCHEDULERS: dict[str, SchedulerSpec] = {
-    "DDIM": SchedulerSpec("DDIMScheduler"),
-    "DPMSolverMultistep": SchedulerSpec("DPMSolverMultistepScheduler"),
-    "HeunDiscrete": SchedulerSpec("HeunDiscreteScheduler"),
-    "KarrasDPM": SchedulerSpec("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "K_EULER_ANCESTRAL": SchedulerSpec("EulerAncestralDiscreteScheduler"),
-    "K_EULER": SchedulerSpec("EulerDiscreteScheduler"),
-    "PNDM": SchedulerSpec("PNDMScheduler"),
+    "DDIM": SchedulerSpec("DDIMScheduler", "DDIM"),
+    "DPMSolverMultistep": SchedulerSpec("DPMSolverMultistepScheduler", "DPM++ 2M"),
+    "HeunDiscrete": SchedulerSpec("HeunDiscreteScheduler", "Heun"),
+    "KarrasDPM": SchedulerSpec(
+        "DPMSolverMultistepScheduler", "DPM++ 2M Karras", {"use_karras_sigmas": True}
+    ),
+    "K_EULER_ANCESTRAL": SchedulerSpec("EulerAncestralDiscreteScheduler", "Euler a"),
+    "K_EULER": SchedulerSpec("EulerDiscreteScheduler", "Euler"),
+    "PNDM": SchedulerSpec("PNDMScheduler", "PLMS"),
 }
 
 

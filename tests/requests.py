@@ -30,5 +30,8 @@ REQUEST = GenerationRequest(
     lora_scales=(),
     hf_api_token=None,
     civitai_api_token=None,
+    output_format="png",
+    output_quality=90,
+    embed_parameters=True,
     seed=1,
 )

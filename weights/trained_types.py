@@ -69,6 +69,7 @@ class TrainedWeights:
     trigger_words: Mapping[str, str]  # typed by people → placeholder tokens: "TOK" → "<s0><s1>"
     pooling: Pooling
     description: str  # for logs: "kohya LoRA (sgm names), rank 16, 722 modules"
+    digest: str = field(default="", compare=False)  # sha256 of the file that it was read from
     # Tells what was read from what was read at another time, where nothing may be kept alive for it
     serial: int = field(default_factory=itertools.count().__next__, compare=False, repr=False)
 

@@ -1,0 +1,63 @@
+"""How a picture was made, as other programs read it from the file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+
+from generation.adapters import Adapter
+from generation.base_models import BaseModelSpec
+from generation.request import GenerationPlan, Mode
+from generation.schedulers import SCHEDULERS
+
+PROGRAM = "cog-stable-diffusion"
+MAX_PROMPT_CHARACTERS = 10_000  # of each prompt: a JPEG has room for 32,000 in all
+HASH_DIGITS = 10  # of a sha256, as A1111 and Civitai name files
+
+
+def describe(
+    plan: GenerationPlan, spec: BaseModelSpec, adapters: Sequence[Adapter], seed: int
+) -> str:
+    """A1111's "parameters" of one picture: the prompts, then settings separated by commas.
+
+    AUTOMATIC1111/stable-diffusion-webui, modules/infotext_utils.py: parse_generation_parameters;
+    Civitai and ComfyUI's readers take the same. "Inputs" is ours: predict's own inputs, as JSON,
+    where they are more than those settings say.
+    """
+    settings: dict[str, object] = {
+        "Steps": plan.num_inference_steps,
+        "Sampler": SCHEDULERS[plan.scheduler].a1111,
+        "CFG scale": f"{plan.guidance_scale:g}",
+        "Seed": seed,
+        "Size": f"{plan.width}x{plan.height}",
+        "Model": spec.name,
+    }
+    if plan.mode is not Mode.TXT2IMG:
+        settings["Denoising strength"] = f"{plan.strength:g}"
+    if plan.refine is not None and spec.refiner is not None:
+        settings["Refiner"] = spec.refiner.name
+        settings["Refiner switch at"] = f"{plan.refine.high_noise_frac:g}"
+    hashes = [
+        f"{a.weights.digest[:HASH_DIGITS]}: {a.scale:g}" for a in adapters if a.weights.digest
+    ]
+    if hashes:
+        settings["Lora hashes"] = ", ".join(hashes)
+    settings["Version"] = PROGRAM
+    settings["Inputs"] = json.dumps(plan.output.parameters)
+    lines = [_shortened(plan.prompt)]
+    if plan.negative_prompt:
+        lines.append(f"Negative prompt: {_shortened(plan.negative_prompt)}")
+    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in settings.items()))
+    return "\n".join(lines)
+
+
+def _shortened(text: str) -> str:
+    """Without what cannot be written as UTF-16, and no longer than there is room for."""
+    text = re.sub("[\ud800-\udfff\0]", "\N{REPLACEMENT CHARACTER}", text)
+    return text if len(text) <= MAX_PROMPT_CHARACTERS else text[:MAX_PROMPT_CHARACTERS] + "…"
+
+
+def _quoted(text: str) -> str:
+    """As A1111 quotes: JSON, where a comma, colon or line break would end the value."""
+    return json.dumps(text) if re.search(r"[,:\n]", text) else text

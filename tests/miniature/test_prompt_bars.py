@@ -1,0 +1,30 @@
+"""Long, weighted and negative prompts show; all of it: `python -m tests.miniature.prompt_bars`."""
+
+import pytest
+
+from tests.miniature import prompt_bars as bars
+from tests.miniature.prompt_bars import Bench
+
+ONE = 1 / bars.LONG_PROMPTS  # may turn out otherwise where kernels sum in another order
+
+
+@pytest.fixture
+def bench(engine, tmp_path) -> Bench:
+    return Bench(engine, tmp_path)
+
+
+def test_words_far_behind_are_heard(bench):
+    assert bars.filler_tokens(bench) >= bars.FILLER_TOKENS
+    assert bars.long_prompts(bench) >= bars.LONG - ONE
+    assert bars.long_prompts(bench, prefix=bars.FILLER * 3) >= bars.LONG - 2 * ONE
+
+
+def test_more_weight_is_more_of_a_colour(bench):
+    shares = bars.weighted(bench, 3)
+    assert shares == sorted(shares)
+    assert shares[-1] > 1.2 * shares[0]
+
+
+def test_a_negative_prompt_takes_a_colour_away(bench):
+    for without, named in bars.negative(bench, 1).values():
+        assert named <= bars.HALVED * without
