@@ -71,6 +71,11 @@ GALLERY = {
         ("prompt=cyan background", "outpaint_left=40", "outpaint_right=40", "seed=1"),
         ("prompt_strength=1",),
     ),
+    "weights": Entry(
+        dict,
+        ("seed=3",),
+        tuple(f"prompt=a (green:{w}) and pink picture" for w in (0.5, 0.75, 1, 1.25, 1.5)),
+    ),
     "refiner": Entry(
         dict,
         ("prompt=a large green star on a black background", "seed=2"),
