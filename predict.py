@@ -189,6 +189,10 @@ class Predictor(BasePredictor):
             ge=0,
             le=1024,
         ),
+        apply_watermark: bool = Input(
+            default=True,
+            description="Mark pictures invisibly as made by a model, over their whole area",
+        ),
         output_format: str = Input(
             default="png",
             description="Kind of the files: png is lossless, webp and jpg are smaller",
@@ -248,6 +252,7 @@ class Predictor(BasePredictor):
             lora_scales=tuple(lora_scales),
             hf_api_token=_secret(hf_api_token),
             civitai_api_token=_secret(civitai_api_token),
+            apply_watermark=apply_watermark,
             output_format=output_format,
             output_quality=int(output_quality),
             embed_parameters=embed_parameters,

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import torch
 
-from generation import canvas, modes, noise, outputs, parameters, prompts, refine
+from generation import canvas, modes, noise, outputs, parameters, prompts, refine, watermark
 from generation.adapters import Adapter, text_state
 from generation.base_models import BASE_MODELS, DEFAULT_BASE_MODEL, BaseModelSpec
 from generation.blending import Mask
@@ -116,6 +117,9 @@ class Engine:
                 pictures = painter.paint(source.picture.size, [source.picture], None)
             else:
                 pictures = _repaint(painter, source, plan.repaint)
+        if plan.watermark:
+            with stages.time("watermark"):
+                pictures = _marked(pictures, self.device)
         with stages.time("save"):
             told = [
                 None
@@ -253,6 +257,16 @@ def _decode(pipeline: StableDiffusionXLPipeline, latents: torch.Tensor) -> list[
     # As diffusers' VaeImageProcessor, but in eight bits before they leave the device.
     shares = (pixels * 0.5 + 0.5).clamp(0, 1).float()  # (N, 3, H, W)
     values = (shares * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return [Image.fromarray(picture) for picture in values]
+
+
+def _marked(pictures: Sequence[Image.Image], device: torch.device) -> list[Image.Image]:
+    """The pictures, of one size, with the invisible watermark."""
+    from PIL import Image
+
+    stacked = torch.stack([torch.from_numpy(np.array(p)) for p in pictures])  # (N, H, W, 3) uint8
+    marked = watermark.apply(stacked.to(device).permute(0, 3, 1, 2).contiguous())
+    values = marked.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return [Image.fromarray(picture) for picture in values]
 
 

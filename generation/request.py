@@ -109,6 +109,7 @@ class GenerationRequest:
     lora_scales: tuple[float, ...]  # one each, or none: 1
     hf_api_token: str | None = field(repr=False)
     civitai_api_token: str | None = field(repr=False)
+    apply_watermark: bool  # the invisible one
     output_format: str
     output_quality: int  # 1 to 100; of webp and jpg
     embed_parameters: bool  # write into the files how they were made
@@ -171,6 +172,7 @@ class GenerationPlan:
     refine: RefinePlan | None
     weights: tuple[WeightsUse, ...]  # the first: replicate_weights or the operator's
     tokens: Tokens
+    watermark: bool
     output: OutputPlan
     seeds: tuple[int, ...]  # one per picture
 
@@ -240,6 +242,7 @@ def resolve(
         refine=_refine(request, spec, steps),
         weights=weights,
         tokens=Tokens(request.hf_api_token or None, request.civitai_api_token or None),
+        watermark=request.apply_watermark,
         output=OutputPlan(
             OutputFormat(request.output_format),
             request.output_quality,

@@ -85,7 +85,8 @@ class Ours:
         """The request; its files."""
         from script.tools.arguments import parse_inputs
 
-        given = {"prompt": PROMPT, "scheduler": SCHEDULER, "seed": seed, **asked}
+        own = {"prompt": PROMPT, "scheduler": SCHEDULER, "seed": seed}
+        given = {**own, "apply_watermark": "false", **asked}  # as the stock pipeline is set up
         self.stages = {}
         texts = [f"{name}={value}" for name, value in given.items()]
         return self.predictor.predict(**parse_inputs(texts, self._schema, "Input", folder))

@@ -13,6 +13,7 @@ from weights.miniature.world import place, render
 
 PLAIN = {"prompt": "a medium yellow square on a green background", "seed": 1}
 QUICK = {**PLAIN, "num_inference_steps": 3}
+EXACT = {**QUICK, "apply_watermark": False}
 SCENE = place("square", "yellow", "green", "medium", "center", np.random.default_rng(3))
 SOURCE = render(SCENE, 128, 128)
 
@@ -47,7 +48,7 @@ def test_image_to_image_starts_from_the_image(server):
     distances = [np.abs(made(result) - pixels(SOURCE)).mean() for result in (near, far)]
     assert distances[0] < 10
     assert distances[0] < distances[1]
-    stages = {"load", "weights", "text", "encode", "denoise", "decode", "save"}
+    stages = {"load", "weights", "text", "encode", "denoise", "decode", "watermark", "save"}
     assert set(near["metrics"]["seconds"]) == stages
 
 
@@ -58,7 +59,7 @@ def test_image_to_image_takes_a_size(server):
 
 def test_inpainting_repaints_the_mask_and_keeps_the_rest(server):
     mask = box_mask(40, 40, 80, 90)
-    result = made(server.predict(**QUICK, image=uri(SOURCE), mask=uri(mask), mask_blur=4))
+    result = made(server.predict(**EXACT, image=uri(SOURCE), mask=uri(mask), mask_blur=4))
     source = pixels(SOURCE)
     inside = np.asarray(mask) > 0
     outside = ~inside & (np.asarray(box_mask(36, 36, 84, 94)) == 0)
@@ -69,14 +70,14 @@ def test_inpainting_repaints_the_mask_and_keeps_the_rest(server):
 def test_inpainting_where_the_image_is_transparent(server):
     image = SOURCE.convert("RGBA")
     image.putalpha(box_mask(40, 40, 80, 90).point(lambda v: 255 - v))
-    result = made(server.predict(**QUICK, image=uri(image), mask_from_alpha=True))
+    result = made(server.predict(**EXACT, image=uri(image), mask_from_alpha=True))
     assert result.shape == (128, 128, 3)
     assert (result[:24] == pixels(SOURCE)[:24]).all()
 
 
 def test_outpainting_extends_the_image(server):
     margins = {"outpaint_left": 16, "outpaint_top": 8, "outpaint_right": 24, "outpaint_bottom": 3}
-    result = made(server.predict(**QUICK, image=uri(SOURCE), **margins))
+    result = made(server.predict(**EXACT, image=uri(SOURCE), **margins))
     assert result.shape == (128 + 11, 128 + 40, 3)
     kept = np.s_[8 + 8 : 8 + 120, 16 + 8 : 16 + 120]
     assert (result[kept] == pixels(SOURCE)[8:120, 8:120]).all()
@@ -94,7 +95,7 @@ def test_outpainting_extends_the_image(server):
     ids=["mask alone", "margin alone", "black mask", "wide margin", "other aspect"],
 )
 def test_images_that_do_not_add_up_are_explained_and_the_server_goes_on(server, inputs, message):
-    result = server.predict(**QUICK, **inputs)
+    result = server.predict(**EXACT, **inputs)
     assert result["status"] == "failed"
     assert message in result["error"]
     assert server.predict(**QUICK, width=64, height=64)["status"] == "succeeded"

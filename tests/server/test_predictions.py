@@ -27,7 +27,15 @@ def test_what_it_took_is_in_the_metrics(server):
     metrics = server.predict(**RED_CIRCLE, num_inference_steps=2)["metrics"]
     assert metrics["seed"] == 1
     assert metrics["num_inference_steps"] == 2
-    assert set(metrics["seconds"]) == {"load", "weights", "text", "denoise", "decode", "save"}
+    assert set(metrics["seconds"]) == {
+        "load",
+        "weights",
+        "text",
+        "denoise",
+        "decode",
+        "watermark",
+        "save",
+    }
     assert all(seconds >= 0 for seconds in metrics["seconds"].values())
     assert 100e6 < metrics["peak_memory_bytes"] < 20e9
     assert metrics["predict_time"] > 0

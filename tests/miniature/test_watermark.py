@@ -1,0 +1,120 @@
+"""The invisible watermark is read by the stock decoder, and its switch lasts for one request."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from imwatermark.maxDct import EmbedMaxDct
+from PIL import Image
+
+from generation import watermark
+from generation.request import Margins
+from generation.watermark import BITS
+from weights.miniature.world import COLOURS
+
+
+def read(picture) -> float:
+    """The share of the message's bits that the stock decoder finds; half by chance.
+
+    Its own wrapper refuses pictures of less than 256 x 256 pixels; what it calls does not.
+    """
+    bgr = np.ascontiguousarray(np.asarray(picture.convert("RGB"))[..., ::-1])
+    return float((EmbedMaxDct(wmLen=len(BITS)).decode(bgr).astype(int) == np.array(BITS)).mean())
+
+
+def marked(pixels: np.ndarray) -> Image.Image:
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
+    return Image.fromarray(watermark.apply(tensor)[0].permute(1, 2, 0).contiguous().numpy())
+
+
+def as_jpeg(picture: Image.Image, quality: int) -> Image.Image:
+    output = io.BytesIO()
+    picture.save(output, "JPEG", quality=quality, subsampling=0)
+    return Image.open(output)
+
+
+def photo(height: int, width: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [128 + 90 * np.sin(x / 97), 120 + 80 * np.cos(y / 77), 130 + 60 * np.sin((x + y) / 143)]
+    noisy = np.stack(waves, -1) + rng.normal(0, 6, (height, width, 3))
+    return noisy.clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), (512, 776), (256, 256), (130, 133)], ids=str)
+def test_the_stock_decoder_reads_it(size):
+    pixels = photo(*size)
+    assert read(Image.fromarray(pixels)) < 0.8
+    picture = marked(pixels)
+    assert read(picture) == 1
+    assert read(as_jpeg(picture, 90)) == 1
+    error = np.asarray(picture, float) - pixels
+    assert 10 * np.log10(255**2 / np.square(error).mean()) > 36  # the stock encoder: 35.1 dB
+
+
+@pytest.mark.parametrize("colour", sorted(COLOURS.values()))
+def test_flat_colours_hold_it_too(colour):
+    picture = marked(np.full((256, 256, 3), colour, np.uint8))
+    if colour == COLOURS["white"]:  # nothing bluer is as bright: dots would show
+        assert np.abs(np.asarray(picture, int) - 245).max() <= 20
+    else:
+        assert read(picture) == 1
+    luma = np.asarray(picture.convert("L"), int)
+    assert np.ptp(luma) <= 3  # brightness is what the eye sees best
+
+
+def test_what_cannot_get_bluer_is_left_alone():
+    for colour in ((255, 255, 255), (0, 0, 255)):
+        pixels = np.full((64, 64, 3), colour, np.uint8)
+        assert np.array_equal(np.asarray(marked(pixels)), pixels)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 64), (8, 500), (9, 15)], ids=str)
+def test_small_pictures_keep_their_size(size):
+    pixels = photo(*size)
+    picture = marked(pixels)
+    assert picture.size == (size[1], size[0])
+    assert np.array_equal(np.asarray(picture), pixels) == (min(size) < 8)
+
+
+def test_pictures_of_a_batch_are_marked_as_they_are_alone():
+    both = torch.stack([torch.from_numpy(photo(64, 72)), torch.from_numpy(photo(64, 72)) // 2])
+    both = both.permute(0, 3, 1, 2).contiguous()
+    together = watermark.apply(both)
+    assert torch.equal(together, torch.cat([watermark.apply(both[:1]), watermark.apply(both[1:])]))
+
+
+@pytest.fixture
+def files(tmp_path):
+    Image.fromarray(photo(128, 128)).save(tmp_path / "image.png")
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (40, 40, 88, 88))
+    mask.save(tmp_path / "mask.png")
+    return {name: tmp_path / f"{name}.png" for name in ("image", "mask")}
+
+
+MODES = {
+    "txt2img": {},
+    "img2img": {"image": True},
+    "inpaint": {"image": True, "mask": True},
+    "outpaint": {"image": True, "outpaint": Margins(16, 0, 0, 0)},
+    "refined": {"refine": "expert_ensemble_refiner", "num_outputs": 2},
+    "jpg": {"output_format": "jpg"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_is_marked_when_asked_and_only_then(make, files, mode):
+    changes = {k: files[k] if v is True else v for k, v in MODES[mode].items()}
+    asked = {"num_inference_steps": 2, **changes}
+    before = make(**asked)
+    made = make(apply_watermark=True, **asked)
+    after = make(**asked)
+    assert after.bytes == before.bytes
+    for picture, plain in zip(made.pictures, before.pictures, strict=True):
+        # A picture of the miniature has each bit five times only.
+        assert read(picture) >= 0.95
+        assert read(plain) < 0.8
+        error = np.asarray(picture.convert("RGB"), float) - np.asarray(plain.convert("RGB"))
+        assert np.abs(error).mean() < 4
