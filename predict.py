@@ -28,6 +28,8 @@ SCHEDULER_CHOICES = [
 
 # script/sync: generation.request.Refine
 REFINE_CHOICES = ["no_refiner", "expert_ensemble_refiner", "base_image_refiner"]
+# script/sync: generation.request.Upscale
+UPSCALE_CHOICES = ["off", "2", "4"]
 # script/sync: generation.request.OutputFormat
 OUTPUT_FORMAT_CHOICES = ["png", "webp", "jpg"]
 # script/sync: generation.request.MaskedContent
@@ -189,6 +191,11 @@ class Predictor(BasePredictor):
             ge=0,
             le=1024,
         ),
+        upscale: str = Input(
+            default="off",
+            description="How many times as wide and high pictures become in the end, by SwinIR",
+            choices=UPSCALE_CHOICES,
+        ),
         apply_watermark: bool = Input(
             default=True,
             description="Mark pictures invisibly as made by a model, over their whole area",
@@ -252,6 +259,7 @@ class Predictor(BasePredictor):
             lora_scales=tuple(lora_scales),
             hf_api_token=_secret(hf_api_token),
             civitai_api_token=_secret(civitai_api_token),
+            upscale=upscale,
             apply_watermark=apply_watermark,
             output_format=output_format,
             output_quality=int(output_quality),

@@ -24,6 +24,7 @@ from generation.pipelines import PipelineStore
 from generation.replaceable import ReplaceableWeights, replace_all_trigger_words
 from generation.request import GenerationPlan, GenerationRequest, RepaintPlan, resolve, resolve_mode
 from preprocess.images import read_image, read_mask
+from preprocess.upscale import Upscaler
 from weights.catalog import Edition
 from weights.edition import Device
 from weights.references import Tokens, parse_operator_source
@@ -59,6 +60,8 @@ class Engine:
         self._store = store or PipelineStore(edition, self.device, self.dtype)
         self._replaceable: dict[str, ReplaceableWeights] = {}  # by base model
         self._texts = prompts.EmbeddingCache()
+        self._edition, self._kind = edition, device
+        self._upscaler: Upscaler | None = None  # loaded when first asked for
 
     @torch.inference_mode()
     def load(self, weights: str | None = None) -> None:
@@ -117,6 +120,10 @@ class Engine:
                 pictures = painter.paint(source.picture.size, [source.picture], None)
             else:
                 pictures = _repaint(painter, source, plan.repaint)
+        if plan.upscale > 1:
+            with stages.time("upscale"), _explain_out_of_memory(plan):
+                upscaler = self._upscaler = self._upscaler or Upscaler(self._edition, self._kind)
+                pictures = [upscaler.upscale(picture, plan.upscale) for picture in pictures]
         if plan.watermark:
             with stages.time("watermark"):
                 pictures = _marked(pictures, self.device)

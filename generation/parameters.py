@@ -38,6 +38,9 @@ def describe(
     if plan.refine is not None and spec.refiner is not None:
         settings["Refiner"] = spec.refiner.name
         settings["Refiner switch at"] = f"{plan.refine.high_noise_frac:g}"
+    if plan.upscale > 1:
+        settings["Postprocess upscale by"] = plan.upscale
+        settings["Postprocess upscaler"] = "SwinIR 4x"
     hashes = [
         f"{a.weights.digest[:HASH_DIGITS]}: {a.scale:g}" for a in adapters if a.weights.digest
     ]

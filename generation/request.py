@@ -19,6 +19,7 @@ MAX_GUIDANCE_SCALE = 50.0
 MAX_MASK_BLUR = 128  # pixels
 MAX_INPAINT_PADDING = 1024  # pixels
 MAX_OUTPUT_QUALITY = 100
+UPSCALER_FACTOR = 4  # preprocess.upscale.FACTOR, which cannot be imported without torch
 MAX_LORAS = 8
 MAX_LORA_SCALE = 10.0  # either way; beyond about 3 most LoRAs leave nothing of a picture
 SEEDS = 2**32
@@ -55,6 +56,14 @@ class Refine(StrEnum):
     NO_REFINER = "no_refiner"
     EXPERT_ENSEMBLE = "expert_ensemble_refiner"
     BASE_IMAGE = "base_image_refiner"
+
+
+class Upscale(StrEnum):
+    """How many times as wide and high pictures become in the end."""
+
+    OFF = "off"
+    TWICE = "2"
+    FOUR_TIMES = "4"
 
 
 class OutputFormat(StrEnum):
@@ -109,6 +118,7 @@ class GenerationRequest:
     lora_scales: tuple[float, ...]  # one each, or none: 1
     hf_api_token: str | None = field(repr=False)
     civitai_api_token: str | None = field(repr=False)
+    upscale: str
     apply_watermark: bool  # the invisible one
     output_format: str
     output_quality: int  # 1 to 100; of webp and jpg
@@ -172,6 +182,7 @@ class GenerationPlan:
     refine: RefinePlan | None
     weights: tuple[WeightsUse, ...]  # the first: replicate_weights or the operator's
     tokens: Tokens
+    upscale: int  # times the side, after everything else; 1: as they are
     watermark: bool
     output: OutputPlan
     seeds: tuple[int, ...]  # one per picture
@@ -242,6 +253,7 @@ def resolve(
         refine=_refine(request, spec, steps),
         weights=weights,
         tokens=Tokens(request.hf_api_token or None, request.civitai_api_token or None),
+        upscale=_upscale(request, width, height),
         watermark=request.apply_watermark,
         output=OutputPlan(
             OutputFormat(request.output_format),
@@ -258,6 +270,7 @@ def _check(request: GenerationRequest) -> None:
     _one_of("masked_content", request.masked_content, list(MaskedContent))
     _one_of("inpaint_area", request.inpaint_area, list(InpaintArea))
     _one_of("refine", request.refine, list(Refine))
+    _one_of("upscale", request.upscale, list(Upscale))
     _one_of("output_format", request.output_format, list(OutputFormat))
     _within("output_quality", request.output_quality, 1, MAX_OUTPUT_QUALITY)
     _within("num_outputs", request.num_outputs, 1, MAX_NUM_OUTPUTS)
@@ -352,6 +365,20 @@ def _refine(request: GenerationRequest, spec: BaseModelSpec, steps: int) -> Refi
     if style is Refine.BASE_IMAGE:
         _, steps = _at_least_one_step(BASE_IMAGE_STRENGTH, steps)
     return RefinePlan(style, request.high_noise_frac, steps)
+
+
+def _upscale(request: GenerationRequest, width: int, height: int) -> int:
+    if request.upscale == Upscale.OFF:
+        return 1
+    # The model makes four times the side, whatever is made of that.
+    pixels = width * height * UPSCALER_FACTOR**2
+    if pixels > MAX_IMAGE_PIXELS:
+        raise InvalidRequest(
+            f"upscale is {request.upscale}, and pictures of {width}x{height} are too large for it:"
+            f" they may have at most {MAX_IMAGE_PIXELS // UPSCALER_FACTOR**2} pixels; ask for a"
+            f" smaller width and height, or use upscale={Upscale.OFF}"
+        )
+    return int(request.upscale)
 
 
 def _weights(request: GenerationRequest) -> tuple[WeightsUse, ...]:

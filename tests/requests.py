@@ -30,6 +30,7 @@ REQUEST = GenerationRequest(
     lora_scales=(),
     hf_api_token=None,
     civitai_api_token=None,
+    upscale="off",
     apply_watermark=False,
     output_format="png",
     output_quality=90,

@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from script.tools import bench_pictures, bench_training
+from script.tools import bench_files, bench_pictures, bench_training
 
-WORKLOADS = {"training": bench_training, "pictures": bench_pictures}
+WORKLOADS = {"training": bench_training, "pictures": bench_pictures, "files": bench_files}
 
 
 def main(argv: list[str]) -> None:

@@ -21,6 +21,7 @@ FOLDER = ROOT / "docs" / "pictures"
 SIDE = 128  # pixels: the miniature's own
 ENLARGE = 2
 GAP = 4  # pixels, white
+CLOSEUP = 320  # pixels on a side
 MAX_BYTES = 150_000
 
 Pictures = dict[str, Image.Image]  # input's name → what it is
@@ -33,6 +34,7 @@ class Entry:
     images: Callable[[], Pictures]
     flags: tuple[str, ...]
     variants: tuple[str, ...]
+    closeup: bool = False  # the middle of each, at the size of the largest (bicubic)
 
 
 def scene(shape: str, colour: str, background: str, texture: str = "plain") -> Image.Image:
@@ -76,6 +78,12 @@ GALLERY = {
         ("seed=3",),
         tuple(f"prompt=a (green:{w}) and pink picture" for w in (0.5, 0.75, 1, 1.25, 1.5)),
     ),
+    "upscale": Entry(
+        dict,
+        ("prompt=a large red star on a blue background", "seed=7"),
+        ("upscale=off", "upscale=4"),
+        closeup=True,
+    ),
     "refiner": Entry(
         dict,
         ("prompt=a large green star on a black background", "seed=2"),
@@ -84,14 +92,26 @@ GALLERY = {
 }
 
 
-def side_by_side(pictures: list[Image.Image]) -> Image.Image:
+def closeups(pictures: list[Image.Image]) -> list[Image.Image]:
+    """The middle of each, all as large as the largest."""
+    size = max(picture.size for picture in pictures)
+    box = ((size[0] - CLOSEUP) // 2, (size[1] - CLOSEUP) // 2)
+    return [
+        picture.convert("RGB")
+        .resize(size, Image.Resampling.BICUBIC)
+        .crop((*box, box[0] + CLOSEUP, box[1] + CLOSEUP))
+        for picture in pictures
+    ]
+
+
+def side_by_side(pictures: list[Image.Image], enlarge: int) -> Image.Image:
     """In a row on white, each in the middle of its height, everything enlarged."""
-    width = sum(picture.width for picture in pictures) * ENLARGE + GAP * (len(pictures) - 1)
-    height = max(picture.height for picture in pictures) * ENLARGE
+    width = sum(picture.width for picture in pictures) * enlarge + GAP * (len(pictures) - 1)
+    height = max(picture.height for picture in pictures) * enlarge
     row = Image.new("RGB", (width, height), "white")
     left = 0
     for picture in pictures:
-        size = (picture.width * ENLARGE, picture.height * ENLARGE)
+        size = (picture.width * enlarge, picture.height * enlarge)
         large = picture.convert("RGB").resize(size, Image.Resampling.NEAREST)
         row.paste(large, (left, (height - large.height) // 2))
         left += large.width + GAP
@@ -119,13 +139,17 @@ def make(names: list[str]) -> None:
                     picture.save(Path(folder, f"{key}.png"))
                     files.append(f"{key}=@{key}.png")
                 for variant in entry.variants:
-                    flags = [*entry.flags, variant, *files]
+                    flags = [*entry.flags, variant, *files, "apply_watermark=false"]
                     inputs = parse_inputs(flags, schema, "Input", Path(folder))
                     (result,) = predictor.predict(
                         **{k: CogPath(v) if isinstance(v, Path) else v for k, v in inputs.items()}
                     )
                     row[variant] = Image.open(result)
-            write(side_by_side(list(row.values())), FOLDER / f"{name}.png")
+            shown = list(row.values())
+            joined = (
+                side_by_side(closeups(shown), 1) if entry.closeup else side_by_side(shown, ENLARGE)
+            )
+            write(joined, FOLDER / f"{name}.png")
     finally:
         predictor.folders.remove()
 

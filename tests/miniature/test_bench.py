@@ -60,6 +60,14 @@ def test_both_sides_make_the_same_picture(tmp_path):
     ours.predictor.folders.remove()
 
 
+def test_files_by_the_command(capfd):
+    bench.main(["files", "--size", "256", "--runs", "1"])
+    png, mark = rows(capfd.readouterr().out)
+    for row in (png, mark):
+        assert row["right"]
+        assert row["lowest"] == row["times_faster"] == row["highest"] > 0
+
+
 @pytest.mark.parametrize("arguments", [["training", "--steps", "3"], ["pictures", "--runs", "0"]])
 def test_too_few_are_refused(arguments, capsys):
     with pytest.raises(SystemExit):

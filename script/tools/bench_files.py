@@ -1,0 +1,125 @@
+"""What comes after a picture: our PNG beside Pillow's, our watermark beside the stock encoder's.
+
+Both in turns in this process, on one thread, on a noisy picture like a photo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Row:
+    """One piece of work, and whether both sides have done it."""
+
+    name: str
+    theirs: Callable[[], Any]
+    ours: Callable[[], Any]
+    right: Callable[[Any, Any], bool]  # of what theirs and ours gave
+
+
+def photo(side: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """(side, side, 3), smooth waves under noise."""
+    y, x = np.mgrid[0:side, 0:side]
+    waves = (
+        128 + 90 * np.sin(x / 97) + 20 * np.sin(y / 31),
+        120 + 80 * np.cos(y / 77),
+        130 + 60 * np.sin((x + y) / 143),
+    )
+    noisy = np.stack(waves, -1) + np.random.default_rng(0).normal(0, 6, (side, side, 3))
+    return noisy.clip(0, 255).astype(np.uint8)
+
+
+def rows(side: int) -> list[Row]:
+    """The work, on a picture of `side` x `side` pixels."""
+    import torch
+    from imwatermark.maxDct import EmbedMaxDct
+    from PIL import Image
+
+    from generation import watermark
+    from generation.encode import encode
+    from generation.request import OutputFormat
+
+    torch.set_num_threads(1)
+    pixels = photo(side)
+    picture = Image.fromarray(pixels)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
+    bgr = np.ascontiguousarray(pixels[..., ::-1])
+
+    def pillow() -> bytes:
+        output = io.BytesIO()
+        picture.save(output, "PNG")
+        return output.getvalue()
+
+    def same_pixels(theirs: bytes, ours: bytes) -> bool:
+        opened = [np.asarray(Image.open(io.BytesIO(content))) for content in (theirs, ours)]
+        return all(np.array_equal(one, pixels) for one in opened)
+
+    def read(theirs: Any, ours: torch.Tensor) -> bool:  # noqa: ANN401
+        own = ours[0].permute(1, 2, 0).numpy()[..., ::-1]
+        decoder = EmbedMaxDct(wmLen=len(watermark.BITS))
+        found = [decoder.decode(np.ascontiguousarray(one)).astype(int) for one in (theirs, own)]
+        return all(list(bits) == list(watermark.BITS) for bits in found)
+
+    encoder = EmbedMaxDct(list(watermark.BITS), len(watermark.BITS))
+    return [
+        Row(
+            "PNG; Pillow's default",
+            pillow,
+            lambda: encode(pixels, OutputFormat.PNG, 1, None),
+            same_pixels,
+        ),
+        Row(
+            "watermark; imwatermark",
+            lambda: encoder.encode(bgr.copy()),
+            lambda: watermark.apply(tensor),
+            read,
+        ),
+    ]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", type=int, default=1024, help="of the square picture, in pixels")
+    parser.add_argument("--runs", type=int, default=7)
+
+
+def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if arguments.runs < 1 or arguments.size < 256:
+        parser.error("--runs must be 1 at least, and --size 256")
+    lines = []
+    for row in rows(arguments.size):
+        times: list[list[float]] = [[], []]
+        given: list[Any] = [None, None]
+        for _ in range(arguments.runs + 1):  # the first warms up
+            for side, work in enumerate((row.theirs, row.ours)):
+                began = time.perf_counter()
+                given[side] = work()
+                times[side].append(1000 * (time.perf_counter() - began))
+        ratios = sorted(a / b for a, b in zip(times[0][1:], times[1][1:], strict=True))
+        figures = {
+            "work": row.name,
+            "theirs_ms": statistics.median(times[0][1:]),
+            "ours_ms": statistics.median(times[1][1:]),
+            "times_faster": statistics.median(ratios),
+            "lowest": ratios[0],
+            "highest": ratios[-1],
+            "right": row.right(*given),
+        }
+        print(json.dumps(figures), flush=True)
+        lines.append(
+            f"| {row.name} | {figures['theirs_ms']:.0f} | {figures['ours_ms']:.1f} |"
+            f" {figures['times_faster']:.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f}) |"
+            f" {'yes' if figures['right'] else 'NO'} |"
+        )
+    print("| work; beside | theirs, ms | ours, ms | times faster | both right |")
+    print("|---|---|---|---|---|")
+    print("\n".join(lines))
