@@ -12,7 +12,7 @@ from generation.request import GenerationPlan, Mode
 from generation.schedulers import SCHEDULERS
 
 PROGRAM = "cog-stable-diffusion"
-MAX_PROMPT_CHARACTERS = 10_000  # of each prompt: a JPEG has room for 32,000 in all
+MAX_PROMPT_CHARACTERS = 10_000  # of each prompt, in UTF-16: a JPEG has room for 32,000 in all
 HASH_DIGITS = 10  # of a sha256, as A1111 and Civitai name files
 
 
@@ -58,7 +58,10 @@ def describe(
 def _shortened(text: str) -> str:
     """Without what cannot be written as UTF-16, and no longer than there is room for."""
     text = re.sub("[\ud800-\udfff\0]", "\N{REPLACEMENT CHARACTER}", text)
-    return text if len(text) <= MAX_PROMPT_CHARACTERS else text[:MAX_PROMPT_CHARACTERS] + "…"
+    units = text.encode("utf-16-be")
+    if len(units) <= 2 * MAX_PROMPT_CHARACTERS:
+        return text
+    return units[: 2 * MAX_PROMPT_CHARACTERS].decode("utf-16-be", "ignore") + "…"
 
 
 def _quoted(text: str) -> str:

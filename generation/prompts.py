@@ -37,6 +37,7 @@ class _Text:
 
     embeds: Tensor  # (1, 77 n, width)
     pooled: Tensor  # (1, width of the projection)
+    notes: tuple[str, ...]  # what was not read as it was written
 
 
 class EmbeddingCache:
@@ -82,8 +83,10 @@ class Texts:
         ]
 
         def read(name: str, text: str) -> _Text:
-            key = (len(pairs), self.state, text)
-            return self.cache.get(key, lambda: _read(pairs, name, text))
+            found = self.cache.get((len(pairs), self.state, text), lambda: _read(pairs, text))
+            for note in found.notes:
+                print(f"{name}: {note}")
+            return found
 
         prompt = read("prompt", plan.prompt)
         if not plan.guided:
@@ -104,18 +107,16 @@ class Texts:
 Pair = tuple[Any, Any]  # a tokenizer and its text encoder
 
 
-def _read(pairs: Sequence[Pair], name: str, text: str) -> _Text:
+def _read(pairs: Sequence[Pair], text: str) -> _Text:
     parsed = parse(text)
-    for note in parsed.notes:
-        print(f"{name}: {note}")
     tokenizer, encoder = pairs[-1]
-    parts = _fitting(parsed, tokenizer, name)
+    parts, notes = _fitting(parsed, tokenizer)
     pooled = encoder(_tokens(tokenizer, parsed.plain).to(encoder.device))[0]
     if parsed.is_plain and _count(tokenizer, parsed.plain) <= tokenizer.model_max_length - 2:
         states = [_plain(pair, parsed.plain) for pair in pairs]
     else:
         states = [_weighted(pair, parts, parsed.weights) for pair in pairs]
-    return _Text(torch.cat(states, dim=-1), pooled)
+    return _Text(torch.cat(states, dim=-1), pooled, (*parsed.notes, *notes))
 
 
 def _tokens(tokenizer: Any, text: str) -> Tensor:  # noqa: ANN401
@@ -143,11 +144,15 @@ def _plain(pair: Pair, text: str) -> Tensor:
 
 def _count(tokenizer: Any, text: str) -> int:  # noqa: ANN401
     """Tokens of a text, without its start and end."""
-    return len(tokenizer(text, add_special_tokens=False).input_ids)
+    # Not verbose: it warns of texts that are longer than a model can take in one piece.
+    return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
-def _fitting(parsed: ParsedPrompt, tokenizer: Any, name: str) -> list[Passage | Blend]:  # noqa: ANN401
-    """The parts without what says nothing, and without what is beyond MAX_CHUNKS."""
+def _fitting(
+    parsed: ParsedPrompt,
+    tokenizer: Any,  # noqa: ANN401
+) -> tuple[list[Passage | Blend], list[str]]:
+    """The parts without what says nothing and what is beyond MAX_CHUNKS; a note of the latter."""
     limit = MAX_CHUNKS * (tokenizer.model_max_length - 2)
     left = limit
     cut = False
@@ -173,9 +178,7 @@ def _fitting(parsed: ParsedPrompt, tokenizer: Any, name: str) -> list[Passage | 
             parts.append(part)
         else:
             parts.append(fit(part))
-    if cut:
-        print(f"{name}: only its first {limit} tokens are read; the rest is left out")
-    return parts
+    return parts, [f"only its first {limit} tokens are read; the rest is left out"] if cut else []
 
 
 def _beginning(tokenizer: Any, text: str, limit: int) -> str:  # noqa: ANN401

@@ -143,7 +143,10 @@ def test_what_is_beyond_the_limit_is_left_out_and_said(read, capsys):
 
 
 def test_what_is_taken_literally_is_said(read, capsys):
-    found = read("a (red circle", "a [blue")
+    cache = EmbeddingCache()
+    read("a (red circle", "a [blue", cache)
+    capsys.readouterr()
+    found = read("a (red circle", "a [blue", cache)  # each time, remembered or not
     assert torch.equal(found.prompt_embeds, read(r"a \(red circle").prompt_embeds)
     out = capsys.readouterr().out
     assert "prompt: 1 bracket(s) without a partner are taken literally" in out

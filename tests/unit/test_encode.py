@@ -176,7 +176,9 @@ def test_no_secret_is_written():
     assert "owner/name:c.tar" in text
 
 
-@pytest.mark.parametrize("prompt", ["a\0b", "\ud83d", "word " * 10_000, "\nSteps: 1", ""])
+@pytest.mark.parametrize(
+    "prompt", ["a\0b", "\ud83d", "word " * 10_000, "😀" * 20_000, "\nSteps: 1", ""]
+)
 @pytest.mark.parametrize("kind", OutputFormat)
 def test_any_prompt_can_be_written(prompt, kind):
     plan = resolve(replace(REQUEST, prompt=prompt, negative_prompt=prompt), MINIATURE_SDXL, None)
