@@ -19,12 +19,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Row:
-    """One piece of work, and whether both sides have done it."""
+    """One piece of work, and whether ours is right."""
 
     name: str
     theirs: Callable[[], Any]
     ours: Callable[[], Any]
-    right: Callable[[Any, Any], bool]  # of what theirs and ours gave
+    right: Callable[[Any], bool]  # of what ours gave
 
 
 def photo(side: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -60,15 +60,14 @@ def rows(side: int) -> list[Row]:
         picture.save(output, "PNG")
         return output.getvalue()
 
-    def same_pixels(theirs: bytes, ours: bytes) -> bool:
-        opened = [np.asarray(Image.open(io.BytesIO(content))) for content in (theirs, ours)]
-        return all(np.array_equal(one, pixels) for one in opened)
+    def same_pixels(ours: bytes) -> bool:
+        return np.array_equal(np.asarray(Image.open(io.BytesIO(ours))), pixels)
 
-    def read(theirs: Any, ours: torch.Tensor) -> bool:  # noqa: ANN401
-        own = ours[0].permute(1, 2, 0).numpy()[..., ::-1]
-        decoder = EmbedMaxDct(wmLen=len(watermark.BITS))
-        found = [decoder.decode(np.ascontiguousarray(one)).astype(int) for one in (theirs, own)]
-        return all(list(bits) == list(watermark.BITS) for bits in found)
+    def read(ours: torch.Tensor) -> bool:
+        """The stock decoder finds every bit."""
+        own = np.ascontiguousarray(ours[0].permute(1, 2, 0).numpy()[..., ::-1])
+        found = EmbedMaxDct(wmLen=len(watermark.BITS)).decode(own).astype(int)
+        return list(found) == list(watermark.BITS)
 
     encoder = EmbedMaxDct(list(watermark.BITS), len(watermark.BITS))
     return [
@@ -98,11 +97,11 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     lines = []
     for row in rows(arguments.size):
         times: list[list[float]] = [[], []]
-        given: list[Any] = [None, None]
+        given: Any = None
         for _ in range(arguments.runs + 1):  # the first warms up
             for side, work in enumerate((row.theirs, row.ours)):
                 began = time.perf_counter()
-                given[side] = work()
+                given = work()
                 times[side].append(1000 * (time.perf_counter() - began))
         ratios = sorted(a / b for a, b in zip(times[0][1:], times[1][1:], strict=True))
         figures = {
@@ -112,7 +111,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             "times_faster": statistics.median(ratios),
             "lowest": ratios[0],
             "highest": ratios[-1],
-            "right": row.right(*given),
+            "right": row.right(given),
         }
         print(json.dumps(figures), flush=True)
         lines.append(
@@ -120,6 +119,6 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             f" {figures['times_faster']:.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f}) |"
             f" {'yes' if figures['right'] else 'NO'} |"
         )
-    print("| work; beside | theirs, ms | ours, ms | times faster | both right |")
+    print("| work; beside | theirs, ms | ours, ms | times faster | right |")
     print("|---|---|---|---|---|")
     print("\n".join(lines))
