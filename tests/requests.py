@@ -34,6 +34,6 @@ REQUEST = GenerationRequest(
     apply_watermark=False,
     output_format="png",
     output_quality=90,
-    embed_parameters=True,
+    embed_parameters=False,
     seed=1,
 )

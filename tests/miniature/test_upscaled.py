@@ -26,7 +26,7 @@ def test_the_factor_is_the_models():
 
 @pytest.mark.parametrize("factor", [2, 4])
 def test_pictures_are_larger_and_the_same(make, factor):
-    asked = {**QUICK, "num_outputs": 2}
+    asked = {**QUICK, "num_outputs": 2, "embed_parameters": True}
     plain, large = make(**asked), make(**asked, upscale=str(factor))
     assert len(large.pictures) == 2
     for small, big in zip(plain.pictures, large.pictures, strict=True):

@@ -42,7 +42,7 @@ OPERATORS = "words"
 # What each request changes in SMALL; weights are given by the names of FILES.
 SMALL: dict[str, object] = {
     # Words of all files, and some after them: anything that stays behind shows.
-    "prompt": "a large TOK circle on a cat background",
+    "prompt": "a large TOK circle on a red cat background",
     "width": 64,
     "height": 64,
     "num_inference_steps": 2,

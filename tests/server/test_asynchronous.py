@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.server.conftest import ASYNC, last_step, png_bytes
+from tests.server.conftest import ASYNC, last_step, png_bytes, wait_for
 
 SETTINGS = {"prompt": "a small green star on a white background", "seed": 5}
 STEPS = {"num_inference_steps": 6}
@@ -49,7 +49,7 @@ def test_a_second_request_is_refused_while_one_runs(server, receiver):
         assert response.status_code == 409
         assert "At capacity" in response.json()["error"]
     assert server.predict(**STEPS)["status"] == "succeeded"
-    assert server.health()["status"] == "READY"
+    wait_for(lambda: server.health()["status"] == "READY", "the server's rest")
 
 
 @pytest.mark.parametrize("running", [{"scheduler": "KarrasDPM", "seed": 9}, {"num_outputs": 2}])

@@ -105,7 +105,8 @@ WEIGHTS = TrainedWeights({}, {}, False, (), {}, Pooling.EOS, "none")
 
 def told(adapters=(), image=None, asked_image=None, **changes) -> dict[str, str]:
     """What a request's picture says; `image` is the size of the one that was sent."""
-    plan = resolve(replace(REQUEST, image=asked_image, **changes), MINIATURE_SDXL, image)
+    request = replace(REQUEST, image=asked_image, embed_parameters=True, **changes)
+    plan = resolve(request, MINIATURE_SDXL, image)
     return read_as_a1111_does(describe(plan, MINIATURE_SDXL, adapters, plan.seeds[0]))
 
 
@@ -181,7 +182,8 @@ def test_no_secret_is_written():
 )
 @pytest.mark.parametrize("kind", OutputFormat)
 def test_any_prompt_can_be_written(prompt, kind):
-    plan = resolve(replace(REQUEST, prompt=prompt, negative_prompt=prompt), MINIATURE_SDXL, None)
+    request = replace(REQUEST, prompt=prompt, negative_prompt=prompt, embed_parameters=True)
+    plan = resolve(request, MINIATURE_SDXL, None)
     text = describe(plan, MINIATURE_SDXL, (), 1)
     assert len(text) < 2 * MAX_PROMPT_CHARACTERS + 2000
     assert parameters_of(encode(NOISE, kind, 90, text)) == text
