@@ -116,6 +116,12 @@ def _read(pairs: Sequence[Pair], text: str) -> _Text:
         states = [_plain(pair, parsed.plain) for pair in pairs]
     else:
         states = [_weighted(pair, parts, parsed.weights) for pair in pairs]
+        # SDXL's second tokenizer reads "!" as its padding, and so may cut elsewhere than the first.
+        longest = max(own.shape[1] for own in states)
+        states = [
+            torch.cat([own, *[_plain(pair, "")] * ((longest - own.shape[1]) // 77)], dim=1)
+            for pair, own in zip(pairs, states, strict=True)
+        ]
     return _Text(torch.cat(states, dim=-1), pooled, (*parsed.notes, *notes))
 
 

@@ -99,6 +99,9 @@ def test_words_that_look_like_padding_may_stand_anywhere(read):
     texts = ["a circle, " * 25 + "! ! ! ! red", "! (red:0.5) ! [!]", "!" * 200]
     shapes = [read(text).prompt_embeds.shape[1] for text in texts]
     assert shapes == [2 * 77, 77, 3 * 77]
+    cut_differently = read("!" + "À" * 38)
+    assert cut_differently.prompt_embeds.shape[1] % 77 == 0
+    assert torch.isfinite(cut_differently.prompt_embeds).all()
 
 
 def test_parts_are_read_by_themselves(read):
