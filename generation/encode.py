@@ -16,7 +16,7 @@ from generation.request import OutputFormat
 
 Pixels = NDArray[np.uint8]  # (H, W, 3), sRGB
 
-_ISAL_LEVEL = 1  # 10 ms for 1024x1024; 3 takes twice as long for 1 % fewer bytes
+_ISAL_LEVEL = 1  # 10 ms for 1024x1024; 3 takes twice as long for as many bytes
 _WEBP_METHOD = 2  # 0 to 6, as libwebp counts effort
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286  # EXIF 2.3, section 4.6
 
