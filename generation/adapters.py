@@ -49,13 +49,12 @@ def _renamed(adapter: Adapter, number: int) -> Adapter:
 
 
 def text_state(adapters: Sequence[Adapter]) -> Hashable:
-    """What the adapters make of texts: equal where every text means the same."""
+    """What the adapters make of texts: equal where every text means the same.
+
+    An adapter's place decides what its tokens are called.
+    """
     return tuple(
-        (
-            place,
-            adapter.weights.serial,
-            adapter.scale,
-        )  # the place decides what its tokens are called
+        (place, adapter.weights.serial, adapter.scale)
         for place, adapter in enumerate(adapters)
         if adapter.weights.embeddings
         or any(

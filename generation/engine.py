@@ -258,23 +258,24 @@ def _encode(
 
 
 def _decode(pipeline: StableDiffusionXLPipeline, latents: torch.Tensor) -> list[Image.Image]:
-    from PIL import Image
-
     pixels = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
     # As diffusers' VaeImageProcessor, but in eight bits before they leave the device.
     shares = (pixels * 0.5 + 0.5).clamp(0, 1).float()  # (N, 3, H, W)
-    values = (shares * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    return [Image.fromarray(picture) for picture in values]
+    return _to_pictures((shares * 255).round().to(torch.uint8))
 
 
 def _marked(pictures: Sequence[Image.Image], device: torch.device) -> list[Image.Image]:
     """The pictures, of one size, with the invisible watermark."""
+    stacked = torch.stack([torch.from_numpy(np.array(p)) for p in pictures])  # (N, H, W, 3) uint8
+    return _to_pictures(watermark.apply(stacked.to(device).permute(0, 3, 1, 2).contiguous()))
+
+
+def _to_pictures(values: torch.Tensor) -> list[Image.Image]:
+    """(N, 3, H, W) uint8, on any device."""
     from PIL import Image
 
-    stacked = torch.stack([torch.from_numpy(np.array(p)) for p in pictures])  # (N, H, W, 3) uint8
-    marked = watermark.apply(stacked.to(device).permute(0, 3, 1, 2).contiguous())
-    values = marked.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    return [Image.fromarray(picture) for picture in values]
+    rows = values.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return [Image.fromarray(picture) for picture in rows]
 
 
 class _Stages:

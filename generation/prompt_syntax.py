@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 STRONGER, WEAKER = 1.1, 1 / 1.1  # (word), [word]
 SIGNS = {"+": 1.1, "-": 0.9}  # each of them
@@ -154,7 +154,7 @@ class _Token:
     text: str
     kind: str = "text"  # or "open", "close", "weight"
     factor: float | None = None
-    partner: int | None = field(default=None)  # of a bracket: the other one's place
+    partner: int | None = None  # of a bracket: the other one's place
 
 
 _ESCAPABLE = '()[]"+-\\'

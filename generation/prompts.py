@@ -92,16 +92,20 @@ class Texts:
         if not plan.guided:
             return PromptEmbeddings(prompt.embeds, prompt.pooled, None, None)
         negative = read("negative_prompt", plan.negative_prompt)
-        embeds, negative_embeds = prompt.embeds, negative.embeds
-        missing = embeds.shape[1] - negative_embeds.shape[1]
-        if missing:
-            empty = read("negative_prompt", "").embeds
-            filling = empty.repeat(1, abs(missing) // empty.shape[1], 1)
-            if missing > 0:
-                negative_embeds = torch.cat([negative_embeds, filling], dim=1)
-            else:
-                embeds = torch.cat([embeds, filling], dim=1)
+        each = (prompt.embeds, negative.embeds)
+        embeds, negative_embeds = _filled_up(each, lambda: [read("prompt", "").embeds] * 2)
         return PromptEmbeddings(embeds, prompt.pooled, negative_embeds, negative.pooled)
+
+
+def _filled_up(each: Sequence[Tensor], empty: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+    """(1, 77 n, width), all as long as the longest, by what an `empty` text means to each."""
+    longest = max(own.shape[1] for own in each)
+    if all(own.shape[1] == longest for own in each):
+        return each
+    return [
+        torch.cat([own, filling.repeat(1, (longest - own.shape[1]) // filling.shape[1], 1)], dim=1)
+        for own, filling in zip(each, empty(), strict=True)
+    ]
 
 
 Pair = tuple[Any, Any]  # a tokenizer and its text encoder
@@ -109,20 +113,19 @@ Pair = tuple[Any, Any]  # a tokenizer and its text encoder
 
 def _read(pairs: Sequence[Pair], text: str) -> _Text:
     parsed = parse(text)
+    plain, notes = parsed.plain, list(parsed.notes)
     tokenizer, encoder = pairs[-1]
-    parts, notes = _fitting(parsed, tokenizer)
-    pooled = encoder(_tokens(tokenizer, parsed.plain).to(encoder.device))[0]
-    if parsed.is_plain and _count(tokenizer, parsed.plain) <= tokenizer.model_max_length - 2:
-        states = [_plain(pair, parsed.plain) for pair in pairs]
+    pooled = encoder(_tokens(tokenizer, plain).to(encoder.device))[0]
+    states: Sequence[Tensor]
+    if parsed.is_plain and _count(tokenizer, plain) <= tokenizer.model_max_length - 2:
+        states = [_plain(pair, plain) for pair in pairs]
     else:
-        states = [_weighted(pair, parts, parsed.weights) for pair in pairs]
+        parts, cut = _fitting(parsed, tokenizer)
+        notes += cut
+        weighted = [_weighted(pair, parts, parsed.weights) for pair in pairs]
         # SDXL's second tokenizer reads "!" as its padding, and so may cut elsewhere than the first.
-        longest = max(own.shape[1] for own in states)
-        states = [
-            torch.cat([own, *[_plain(pair, "")] * ((longest - own.shape[1]) // 77)], dim=1)
-            for pair, own in zip(pairs, states, strict=True)
-        ]
-    return _Text(torch.cat(states, dim=-1), pooled, (*parsed.notes, *notes))
+        states = _filled_up(weighted, lambda: [_plain(pair, "") for pair in pairs])
+    return _Text(torch.cat(list(states), dim=-1), pooled, tuple(notes))
 
 
 def _tokens(tokenizer: Any, text: str) -> Tensor:  # noqa: ANN401
@@ -227,13 +230,9 @@ def _weighted(pair: Pair, parts: Sequence[Passage | Blend], weights: Sequence[fl
 
 def _blended(provider: EmbeddingsProvider, blend: Blend) -> Tensor:
     each = [_passage(provider, passage) for passage in blend.passages]
-    longest = max(own.shape[1] for own in each)
-    filled = [
-        torch.cat([own, *[provider.empty_z] * ((longest - own.shape[1]) // 77)], dim=1)
-        for own in each
-    ]
+    filled = _filled_up(each, lambda: [provider.empty_z] * len(each))
     mixed: Tensor = provider.apply_embedding_weights(
-        torch.stack(filled, dim=1), blend.weights, normalize=blend.normalized
+        torch.stack(list(filled), dim=1), blend.weights, normalize=blend.normalized
     )
     return mixed
 

@@ -313,15 +313,10 @@ def _at_least_one_step(strength: float, steps: int) -> tuple[float, int]:
 
 # Never written into files: secrets, files of the client's, and what other lines say.
 _NOT_TOLD = {
-    "hf_api_token",
-    "civitai_api_token",
-    "image",
-    "mask",
-    "prompt",
-    "negative_prompt",
-    "seed",
+    *("hf_api_token", "civitai_api_token", "image", "mask"),
+    *("prompt", "negative_prompt", "seed", "num_outputs", "outpaint"),
+    *("output_format", "output_quality", "embed_parameters"),
 }
-_NOT_TOLD |= {"output_format", "output_quality", "embed_parameters", "outpaint", "num_outputs"}
 
 
 def _asked(request: GenerationRequest) -> dict[str, object]:

@@ -27,15 +27,15 @@ class Row:
     right: Callable[[Any], bool]  # of what ours gave
 
 
-def photo(side: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """(side, side, 3), smooth waves under noise."""
-    y, x = np.mgrid[0:side, 0:side]
+def photo(height: int, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """(height, width, 3), smooth waves under noise."""
+    y, x = np.mgrid[0:height, 0:width]
     waves = (
         128 + 90 * np.sin(x / 97) + 20 * np.sin(y / 31),
         120 + 80 * np.cos(y / 77),
         130 + 60 * np.sin((x + y) / 143),
     )
-    noisy = np.stack(waves, -1) + np.random.default_rng(0).normal(0, 6, (side, side, 3))
+    noisy = np.stack(waves, -1) + np.random.default_rng(0).normal(0, 6, (height, width, 3))
     return noisy.clip(0, 255).astype(np.uint8)
 
 
@@ -50,7 +50,7 @@ def rows(side: int) -> list[Row]:
     from generation.request import OutputFormat
 
     torch.set_num_threads(1)
-    pixels = photo(side)
+    pixels = photo(side, side)
     picture = Image.fromarray(pixels)
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
     bgr = np.ascontiguousarray(pixels[..., ::-1])

@@ -18,10 +18,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from script.tools import bench_models
+from script.tools.bench_models import MINIATURE
+
 if TYPE_CHECKING:
     from predict import Predictor
 
-MINIATURE, SDXL = "miniature", "sdxl"
 WARM_UP = 2  # requests of each side
 PROMPT = "a large red circle on a blue background"
 SCHEDULER = "K_EULER"
@@ -61,8 +63,6 @@ class Times:
 class Ours:
     """predict.py, with the values that Cog gives where a request leaves them out."""
 
-    name = "ours"
-
     def __init__(self, model: str) -> None:
         from predict import Predictor
         from script.tools.schema import document
@@ -94,8 +94,6 @@ class Ours:
 
 class Stock:
     """What a person writes with diffusers alone: SDXL's VAE in fp32 on a GPU, Pillow's PNG."""
-
-    name = "stock diffusers"
 
     def __init__(self, ours: Ours) -> None:
         import copy
@@ -212,12 +210,7 @@ def measure(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        choices=[MINIATURE, SDXL],
-        default=MINIATURE,
-        help="sdxl: its architecture with random weights, on a GPU",
-    )
+    bench_models.add_argument(parser)
     parser.add_argument("--runs", type=int, default=20, help="requests of each side, a workload")
     parser.add_argument("--only", action="append", choices=WORKLOADS, help="this request alone")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds for all workloads")
@@ -228,8 +221,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
     if arguments.runs < 1:
         parser.error(f"--runs is {arguments.runs}; 1 at least")
-    if arguments.model == SDXL and not torch.cuda.is_available():
-        parser.error("--model sdxl needs a CUDA GPU; leave it out to measure on the miniature")
+    bench_models.check(arguments.model, parser)
     began = time.monotonic()
     with torch.inference_mode():
         ours = Ours(arguments.model)

@@ -20,6 +20,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, TYPE_CHECKING
 
+from script.tools import bench_models
+from script.tools.bench_models import MINIATURE, SDXL
+
 if TYPE_CHECKING:
     from training.dataset import Example
     from training.model import TrainableModel
@@ -28,7 +31,6 @@ WARM_UP = 4  # steps that are not counted, of each half: some compile
 MIN_STEPS = 4 * WARM_UP
 PHOTOS = 8
 RANK, BATCH = 32, 4  # cog-sdxl's defaults
-MINIATURE, SDXL = "miniature", "sdxl"
 
 
 @dataclass(frozen=True)
@@ -233,12 +235,7 @@ def measure(names: Sequence[str], arguments: argparse.Namespace) -> dict[str, Sa
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        choices=[MINIATURE, SDXL],
-        default=MINIATURE,
-        help="sdxl: its architecture with random weights, on a GPU",
-    )
+    bench_models.add_argument(parser)
     parser.add_argument("--size", type=int, help="of the square pictures, in pixels")
     parser.add_argument("--steps", type=int, default=40, help="half before the pivot, half after")
     parser.add_argument("--rounds", type=int, default=3)
@@ -249,8 +246,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if arguments.steps < MIN_STEPS:
         parser.error(f"--steps {arguments.steps} is too few; {MIN_STEPS} at least")
-    if arguments.model == SDXL and not _has_gpu():
-        parser.error("--model sdxl needs a CUDA GPU; leave it out to measure on the miniature")
+    bench_models.check(arguments.model, parser)
     if arguments.size is None:
         arguments.size = 128 if arguments.model == MINIATURE else 768
     if arguments.side:
@@ -260,12 +256,6 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         return
     names = [side for side in SIDES if side != "compiled" or arguments.compiled]
     print(table([measure(names, arguments) for _ in range(arguments.rounds)]))
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def table(rounds: list[dict[str, Sample]]) -> str:

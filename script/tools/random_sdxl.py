@@ -21,26 +21,18 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from weights.miniature import architecture
 from weights.miniature.architecture import END, START
 from weights.miniature.evaluate import FOLDER
 
 VOCABULARY = 49408
+# The miniature's is SDXL's own but for these.
 SCHEDULER_CONFIG = {
-    "_class_name": "EulerDiscreteScheduler",
+    **architecture.SCHEDULER_CONFIG,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
-    "clip_sample": False,
-    "interpolation_type": "linear",
-    "num_train_timesteps": 1000,
     "prediction_type": "epsilon",
-    "sample_max_value": 1.0,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-    "trained_betas": None,
-    "use_karras_sigmas": False,
 }
 _UNET = {
     "sample_size": 128,

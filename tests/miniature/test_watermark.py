@@ -11,6 +11,7 @@ from PIL import Image
 from generation import watermark
 from generation.request import Margins
 from generation.watermark import BITS
+from script.tools.bench_files import photo
 from weights.miniature.world import COLOURS
 
 
@@ -32,14 +33,6 @@ def as_jpeg(picture: Image.Image, quality: int) -> Image.Image:
     output = io.BytesIO()
     picture.save(output, "JPEG", quality=quality, subsampling=0)
     return Image.open(output)
-
-
-def photo(height: int, width: int) -> np.ndarray:
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[0:height, 0:width]
-    waves = [128 + 90 * np.sin(x / 97), 120 + 80 * np.cos(y / 77), 130 + 60 * np.sin((x + y) / 143)]
-    noisy = np.stack(waves, -1) + rng.normal(0, 6, (height, width, 3))
-    return noisy.clip(0, 255).astype(np.uint8)
 
 
 @pytest.mark.parametrize("size", [(1024, 1024), (512, 776), (256, 256), (130, 133)], ids=str)
