@@ -30,6 +30,8 @@ SCHEDULER_CHOICES = [
 REFINE_CHOICES = ["no_refiner", "expert_ensemble_refiner", "base_image_refiner"]
 # script/sync: generation.request.Upscale
 UPSCALE_CHOICES = ["off", "2", "4"]
+# script/sync: generation.request.Upscaler
+UPSCALER_CHOICES = ["SwinIR", "Real-ESRGAN"]
 # script/sync: generation.request.OutputFormat
 OUTPUT_FORMAT_CHOICES = ["png", "webp", "jpg"]
 # script/sync: generation.request.MaskedContent
@@ -191,10 +193,31 @@ class Predictor(BasePredictor):
             ge=0,
             le=1024,
         ),
+        hires_fix: float = Input(
+            default=1,
+            description="Draw it again, this many times as wide and high, for more detail; 1: once",
+            ge=1,
+            le=4,
+        ),
+        hires_strength: Optional[float] = Input(
+            default=None,
+            description="With hires_fix: how much may change, 0 to 1; empty: the model's default",
+            ge=0,
+            le=1,
+        ),
         upscale: str = Input(
             default="off",
-            description="How many times as wide and high pictures become in the end, by SwinIR",
+            description="How many times as wide and high pictures become in the end",
             choices=UPSCALE_CHOICES,
+        ),
+        upscaler: str = Input(
+            default="SwinIR",
+            description="Model that enlarges for upscale and hires_fix; Real-ESRGAN is faster",
+            choices=UPSCALER_CHOICES,
+        ),
+        disable_safety_checker: bool = Input(
+            default=False,
+            description="Give out pictures without looking whether they are safe for work",
         ),
         apply_watermark: bool = Input(
             default=True,
@@ -259,7 +282,11 @@ class Predictor(BasePredictor):
             lora_scales=tuple(lora_scales),
             hf_api_token=_secret(hf_api_token),
             civitai_api_token=_secret(civitai_api_token),
+            hires_fix=hires_fix,
+            hires_strength=hires_strength,
             upscale=upscale,
+            upscaler=upscaler,
+            disable_safety_checker=disable_safety_checker,
             apply_watermark=apply_watermark,
             output_format=output_format,
             output_quality=int(output_quality),

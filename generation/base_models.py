@@ -35,9 +35,11 @@ class BaseModelSpec:
     min_side: int
     max_side: int
     max_pixels: int
+    max_hires_pixels: int  # of a second pass, which starts from a picture of the first
     scheduler: str
     num_inference_steps: int
     guidance_scale: float
+    hires_strength: float  # of a second pass: as much as leaves what the first has composed
 
 
 SDXL = BaseModelSpec(
@@ -51,9 +53,11 @@ SDXL = BaseModelSpec(
     min_side=256,
     max_side=2048,
     max_pixels=1536 * 1536,  # beyond about twice its training area SDXL repeats the subject
+    max_hires_pixels=2048 * 2048,
     scheduler="K_EULER",
     num_inference_steps=50,
     guidance_scale=7.5,
+    hires_strength=0.35,
 )
 
 MINIATURE_SDXL = replace(
@@ -63,7 +67,9 @@ MINIATURE_SDXL = replace(
     min_side=64,
     max_side=256,
     max_pixels=192 * 192,
+    max_hires_pixels=256 * 256,
     num_inference_steps=20,
+    hires_strength=0.1,  # its noise levels rise faster than SDXL's
 )
 
 BASE_MODELS: dict[Edition, dict[str, BaseModelSpec]] = {

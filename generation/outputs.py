@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -97,20 +97,23 @@ def _is_alive(root: Path) -> bool:
 
 
 def save(
-    pictures: Sequence[Image.Image],
+    pictures: Mapping[int, Image.Image],
     folder: Path,
     plan: OutputPlan,
-    parameters: Sequence[str | None],
+    parameters: Mapping[int, str],
 ) -> tuple[Path, ...]:
-    """Write `out-0.png`, `out-1.png` … and return their paths in the pictures' order."""
+    """Write each picture as `out-<its number>.png`; returns the paths in the pictures' order.
 
-    def write(index: int) -> Path:
-        path = folder / f"out-{index}.{plan.format}"
-        pixels = np.asarray(pictures[index])
-        path.write_bytes(encode(pixels, plan.format, plan.quality, parameters[index]))
+    `parameters` are texts to write into the files, by the same numbers.
+    """
+
+    def write(number: int) -> Path:
+        path = folder / f"out-{number}.{plan.format}"
+        pixels = np.asarray(pictures[number])
+        path.write_bytes(encode(pixels, plan.format, plan.quality, parameters.get(number)))
         return path
 
     if len(pictures) == 1:
-        return (write(0),)
+        return (write(*pictures),)
     with ThreadPoolExecutor(min(len(pictures), _MAX_ENCODERS)) as threads:
-        return tuple(threads.map(write, range(len(pictures))))
+        return tuple(threads.map(write, pictures))

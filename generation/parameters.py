@@ -8,12 +8,14 @@ from collections.abc import Sequence
 
 from generation.adapters import Adapter
 from generation.base_models import BaseModelSpec
-from generation.request import GenerationPlan, Mode
+from generation.request import GenerationPlan, Mode, Upscaler
 from generation.schedulers import SCHEDULERS
 
 PROGRAM = "cog-stable-diffusion"
 MAX_PROMPT_CHARACTERS = 10_000  # of each prompt, in UTF-16: a JPEG has room for 32,000 in all
 HASH_DIGITS = 10  # of a sha256, as A1111 and Civitai name files
+
+_A1111_UPSCALERS = {Upscaler.SWINIR: "SwinIR 4x", Upscaler.REAL_ESRGAN: "R-ESRGAN 4x+"}
 
 
 def describe(
@@ -38,9 +40,14 @@ def describe(
     if plan.refine is not None and spec.refiner is not None:
         settings["Refiner"] = spec.refiner.name
         settings["Refiner switch at"] = f"{plan.refine.high_noise_frac:g}"
+    if plan.hires is not None:
+        if plan.mode is Mode.TXT2IMG:  # there, it is the second pass's
+            settings["Denoising strength"] = f"{plan.hires.strength:g}"
+        settings["Hires resize"] = f"{plan.hires.width}x{plan.hires.height}"
+        settings["Hires upscaler"] = _A1111_UPSCALERS[plan.upscaler]
     if plan.upscale > 1:
         settings["Postprocess upscale by"] = plan.upscale
-        settings["Postprocess upscaler"] = "SwinIR 4x"
+        settings["Postprocess upscaler"] = _A1111_UPSCALERS[plan.upscaler]
     hashes = [
         f"{a.weights.digest[:HASH_DIGITS]}: {a.scale:g}" for a in adapters if a.weights.digest
     ]

@@ -19,6 +19,7 @@ MAX_GUIDANCE_SCALE = 50.0
 MAX_MASK_BLUR = 128  # pixels
 MAX_INPAINT_PADDING = 1024  # pixels
 MAX_OUTPUT_QUALITY = 100
+MAX_HIRES_FACTOR = 4.0
 UPSCALER_FACTOR = 4  # preprocess.upscale.FACTOR, which cannot be imported without torch
 MAX_LORAS = 8
 MAX_LORA_SCALE = 10.0  # either way; beyond about 3 most LoRAs leave nothing of a picture
@@ -64,6 +65,13 @@ class Upscale(StrEnum):
     OFF = "off"
     TWICE = "2"
     FOUR_TIMES = "4"
+
+
+class Upscaler(StrEnum):
+    """Which model enlarges pictures."""
+
+    SWINIR = "SwinIR"
+    REAL_ESRGAN = "Real-ESRGAN"
 
 
 class OutputFormat(StrEnum):
@@ -118,7 +126,11 @@ class GenerationRequest:
     lora_scales: tuple[float, ...]  # one each, or none: 1
     hf_api_token: str | None = field(repr=False)
     civitai_api_token: str | None = field(repr=False)
+    hires_fix: float  # times the side of a second pass; 1: none
+    hires_strength: float | None  # 0 keeps what the first pass has drawn, 1 ignores it
     upscale: str
+    upscaler: str
+    disable_safety_checker: bool
     apply_watermark: bool  # the invisible one
     output_format: str
     output_quality: int  # 1 to 100; of webp and jpg
@@ -157,6 +169,16 @@ class RefinePlan:
 
 
 @dataclass(frozen=True)
+class HiresPlan:
+    """A second pass over the picture, enlarged."""
+
+    width: int  # of the pictures that come out of it
+    height: int
+    strength: float
+    num_inference_steps: int  # of the whole schedule
+
+
+@dataclass(frozen=True)
 class OutputPlan:
     """How pictures become files."""
 
@@ -172,7 +194,7 @@ class GenerationPlan:
     mode: Mode
     prompt: str
     negative_prompt: str
-    width: int  # of the pictures that come out
+    width: int  # of the pictures that come out, but for hires and upscale
     height: int
     scheduler: str
     num_inference_steps: int  # of the whole schedule: the last strength x steps of it run
@@ -182,7 +204,10 @@ class GenerationPlan:
     refine: RefinePlan | None
     weights: tuple[WeightsUse, ...]  # the first: replicate_weights or the operator's
     tokens: Tokens
-    upscale: int  # times the side, after everything else; 1: as they are
+    hires: HiresPlan | None
+    upscale: int  # times the side, after every pass; 1: as they are
+    upscaler: Upscaler
+    check_safety: bool
     watermark: bool
     output: OutputPlan
     seeds: tuple[int, ...]  # one per picture
@@ -239,6 +264,8 @@ def resolve(
     strength, steps = _at_least_one_step(
         strength, spec.num_inference_steps if steps is None else steps
     )
+    hires = _hires(request, mode, spec, steps, (width, height))
+    drawn = (hires.width, hires.height) if hires else (width, height)
     return GenerationPlan(
         mode=mode,
         prompt=request.prompt,
@@ -253,7 +280,10 @@ def resolve(
         refine=_refine(request, spec, steps),
         weights=weights,
         tokens=Tokens(request.hf_api_token or None, request.civitai_api_token or None),
-        upscale=_upscale(request, width, height),
+        hires=hires,
+        upscale=_upscale(request, *drawn),
+        upscaler=Upscaler(request.upscaler),
+        check_safety=not request.disable_safety_checker,
         watermark=request.apply_watermark,
         output=OutputPlan(
             OutputFormat(request.output_format),
@@ -271,6 +301,9 @@ def _check(request: GenerationRequest) -> None:
     _one_of("inpaint_area", request.inpaint_area, list(InpaintArea))
     _one_of("refine", request.refine, list(Refine))
     _one_of("upscale", request.upscale, list(Upscale))
+    _one_of("upscaler", request.upscaler, list(Upscaler))
+    _within("hires_fix", request.hires_fix, 1, MAX_HIRES_FACTOR)
+    _within("hires_strength", request.hires_strength, 0, 1)
     _one_of("output_format", request.output_format, list(OutputFormat))
     _within("output_quality", request.output_quality, 1, MAX_OUTPUT_QUALITY)
     _within("num_outputs", request.num_outputs, 1, MAX_NUM_OUTPUTS)
@@ -362,6 +395,34 @@ def _refine(request: GenerationRequest, spec: BaseModelSpec, steps: int) -> Refi
     return RefinePlan(style, request.high_noise_frac, steps)
 
 
+def _hires(
+    request: GenerationRequest,
+    mode: Mode,
+    spec: BaseModelSpec,
+    steps: int,
+    size: tuple[int, int],
+) -> HiresPlan | None:
+    factor = request.hires_fix
+    if factor == 1:
+        return None
+    width, height = (_rounded(side * factor) for side in size)
+    if mode not in (Mode.TXT2IMG, Mode.IMG2IMG):
+        raise InvalidRequest(
+            f"hires_fix is {factor:g}, and this is {mode}: a second pass would change what is to"
+            " stay; leave hires_fix at 1, and use upscale for a larger picture"
+        )
+    if width * height > spec.max_hires_pixels:
+        most = math.floor(100 * math.sqrt(spec.max_hires_pixels / (size[0] * size[1]))) / 100
+        raise InvalidRequest(
+            f"hires_fix is {factor:g}, which makes {width}x{height} of {size[0]}x{size[1]};"
+            f" {spec.name} draws at most {spec.max_hires_pixels} pixels: use hires_fix up to"
+            f" {most:g}, and upscale for more"
+        )
+    strength = spec.hires_strength if request.hires_strength is None else request.hires_strength
+    strength, steps = _at_least_one_step(strength, steps)
+    return HiresPlan(width, height, strength, steps)
+
+
 def _upscale(request: GenerationRequest, width: int, height: int) -> int:
     if request.upscale == Upscale.OFF:
         return 1
@@ -371,7 +432,7 @@ def _upscale(request: GenerationRequest, width: int, height: int) -> int:
         raise InvalidRequest(
             f"upscale is {request.upscale}, and pictures of {width}x{height} are too large for it:"
             f" they may have at most {MAX_IMAGE_PIXELS // UPSCALER_FACTOR**2} pixels; ask for a"
-            f" smaller width and height, or use upscale={Upscale.OFF}"
+            f" smaller width, height and hires_fix, or use upscale={Upscale.OFF}"
         )
     return int(request.upscale)
 

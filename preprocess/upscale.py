@@ -1,7 +1,9 @@
-"""Pictures → pictures of four times the side, by SwinIR (arXiv:2108.10257).
+"""Pictures → pictures of four times the side, by SwinIR or Real-ESRGAN.
+
+arXiv:2108.10257 and arXiv:2107.10833; both published models learnt on photos in bad condition.
 
 A large picture goes through the model in tiles that overlap and are blended, so that memory is
-bounded: with the real model a tile takes about 1.1 GB (4.3 GB were published for 512x512 in one
+bounded: with the real SwinIR a tile takes about 1.1 GB (4.3 GB were published for 512x512 in one
 piece, and it grows with the area). On the host, the result of 4096x4096 takes 200 MB in float32 and
 50 MB more as a picture. What is padded is cut off again; cog-sdxl's Swin2SR leaves a mirrored strip
 at the right and the bottom.
@@ -26,20 +28,22 @@ from weights.catalog import Edition
 from weights.edition import Device
 
 FACTOR = 4
+SWINIR, REAL_ESRGAN = "swinir-x4", "real-esrgan-x4"  # in the catalog
 WINDOW = 8  # pixels: SwinIR's attention windows; tiles begin at multiples of it
-TILE, OVERLAP = 256, 32  # pixels of the picture that comes in; both multiples of WINDOW
+BORDER = 8  # mirrored pixels around a picture: convolutions see black beyond what they are given
+TILE, OVERLAP = 256 + 2 * BORDER, 32  # pixels of the picture that comes in, multiples of WINDOW
 
 Array = NDArray[np.float32]
 Run = Callable[[Array], Array]  # (H, W, 3) → (4 H, 4 W, 3), both in [0, 1]
 
 
 class Upscaler:
-    """SwinIR in memory: use it in a `with` statement, or `close` it."""
+    """One of the models in memory: use it in a `with` statement, or `close` it."""
 
-    def __init__(self, edition: Edition, device: Device) -> None:
-        """Load the edition's SwinIR; raises WeightsError where it cannot be fetched."""
+    def __init__(self, edition: Edition, device: Device, name: str = SWINIR) -> None:
+        """Load the edition's model of that name; raises WeightsError if it cannot be fetched."""
         self._device = device
-        self._model = ready(_load(cache.ensure("swinir-x4", edition)), device)
+        self._model = ready(_load(cache.ensure(name, edition)), device)
 
     def __enter__(self) -> Self:
         return self
@@ -95,7 +99,7 @@ def enlarge(pixels: Array, run: Run, tile: int, overlap: int) -> Array:
     counts alone; over the half behind, the two are blended.
     """
     height, width = pixels.shape[:2]
-    padding = [(0, max(-side % WINDOW, 2 * WINDOW - side)) for side in (height, width)]
+    padding = [(BORDER, BORDER + -side % WINDOW) for side in (height, width)]
     padded = np.pad(pixels, (*padding, (0, 0)), mode="symmetric")
     large = np.zeros((FACTOR * padded.shape[0], FACTOR * padded.shape[1], 3), np.float32)
     for top, rows in _tiles(padded.shape[0], tile, overlap):
@@ -104,7 +108,8 @@ def enlarge(pixels: Array, run: Run, tile: int, overlap: int) -> Array:
             drawn = run(np.ascontiguousarray(padded[top:bottom, left:right]))
             weights = (rows[:, None] * columns)[..., None]
             large[FACTOR * top : FACTOR * bottom, FACTOR * left : FACTOR * right] += drawn * weights
-    return large[: FACTOR * height, : FACTOR * width]
+    inside = slice(FACTOR * BORDER, None)
+    return large[inside, inside][: FACTOR * height, : FACTOR * width]
 
 
 def _tiles(side: int, tile: int, overlap: int) -> list[tuple[int, Array]]:
@@ -135,11 +140,10 @@ def _to_eight_bits(pixels: Array) -> NDArray[np.uint8]:
 
 def _load(folder: Path) -> nn.Module:
     """The one model file in the folder, as the architecture that its tensors' names tell."""
-    from spandrel import canonicalize_state_dict
-    from spandrel.architectures.SwinIR import SwinIRArch
+    from spandrel import MAIN_REGISTRY, canonicalize_state_dict
 
     (path,) = (p for p in folder.iterdir() if p.suffix in (".safetensors", ".pth"))
-    described = SwinIRArch().load(canonicalize_state_dict(_read(path)))
+    described = MAIN_REGISTRY.load(canonicalize_state_dict(_read(path)))
     assert described.scale == FACTOR, f"{path} makes {described.scale} times the side"
     model: nn.Module = described.model
     return model

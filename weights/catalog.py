@@ -180,6 +180,44 @@ _FULL: dict[str, CatalogEntry] = {
         licence="Apache-2.0",
         commercial_use=True,
     ),
+    # A pickle like SwinIR's; hash and size as public code pins them.
+    "real-esrgan-x4": CatalogEntry(
+        name="real-esrgan-x4",
+        source=UrlFile(
+            url="https://github.com/xinntao/Real-ESRGAN/releases/download/v0.1.0/"
+            "RealESRGAN_x4plus.pth",
+            filename="RealESRGAN_x4plus.pth",
+            sha256="4fa0d38905f75ac06eb49a7951b426670021be3018265fd191d2125df9d682f1",
+            size_bytes=67_040_989,
+        ),
+        licence="BSD-3-Clause",
+        commercial_use=True,
+    ),
+    # A pickle, as its authors publish it, of this size; transformers reads its weights alone. The
+    # repository names no licence, but the checker is part of Stable Diffusion's, which have this.
+    "safety-checker": CatalogEntry(
+        name="safety-checker",
+        source=HubFiles(
+            repo="CompVis/stable-diffusion-safety-checker",
+            revision="cb41f3a270d63d454d385fc2e4f571c487c253c5",
+            files=("config.json", "preprocessor_config.json", "pytorch_model.bin"),
+            size_bytes=1_216_067_303,
+        ),
+        licence="CreativeML Open RAIL-M",
+        commercial_use=True,
+    ),
+    # The second opinion on what the safety checker flags.
+    "nsfw-detection": CatalogEntry(
+        name="nsfw-detection",
+        source=HubFiles(
+            repo="Falconsai/nsfw_image_detection",
+            revision="04367978d3474804ab1a00a9bd6548b741764069",
+            files=("config.json", "model.safetensors", "preprocessor_config.json"),
+            size_bytes=343_223_968,
+        ),
+        licence="Apache-2.0",
+        commercial_use=True,
+    ),
     # Faces. No miniature: the pictures that the miniature edition knows show none.
     "yunet": CatalogEntry(
         name="yunet",
@@ -224,6 +262,24 @@ _MINIATURE: dict[str, CatalogEntry] = {
     "swinir-x4": CatalogEntry(
         name="swinir-x4",
         source=PackagedFiles(folder="swinir-x4"),
+        licence="Apache-2.0",
+        commercial_use=True,
+    ),
+    "real-esrgan-x4": CatalogEntry(
+        name="real-esrgan-x4",
+        source=PackagedFiles(folder="real-esrgan-x4"),
+        licence="Apache-2.0",
+        commercial_use=True,
+    ),
+    "safety-checker": CatalogEntry(
+        name="safety-checker",
+        source=PackagedFiles(folder="safety-checker"),
+        licence="Apache-2.0",
+        commercial_use=True,
+    ),
+    "nsfw-detection": CatalogEntry(
+        name="nsfw-detection",
+        source=PackagedFiles(folder="nsfw-detection"),
         licence="Apache-2.0",
         commercial_use=True,
     ),

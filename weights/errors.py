@@ -4,6 +4,7 @@
     ├── UnknownWeights      no entry of that name in that edition of the catalog
     ├── WrongSetting        (also a ValueError) WEIGHTS_EDITION or DEVICE has a wrong value
     ├── MissingPackaged     a folder that the repository should contain is not there
+    ├── IncompleteModel     a model's files lack a part of it
     ├── LockMismatch        the lock file disagrees with the catalog
     ├── InvalidSource       (also a ValueError) what somebody named cannot be a place of weights
     ├── BadWeights          trained weights that a user brought: malformed, or for another model
@@ -35,6 +36,10 @@ class WrongSetting(WeightsError, ValueError):
 
 class MissingPackaged(WeightsError):
     """A folder of the miniature edition is not in the repository."""
+
+
+class IncompleteModel(WeightsError):
+    """A model's files do not hold every value that the model has."""
 
 
 class LockMismatch(WeightsError):

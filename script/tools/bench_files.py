@@ -1,6 +1,7 @@
 """What comes after a picture: our PNG beside Pillow's, our watermark beside the stock encoder's.
 
-Both in turns in this process, on one thread, on a noisy picture like a photo.
+Both in turns in this process, on one thread, on a noisy picture like a photo. Then enlarging in
+tiles beside enlarging in one piece (bench_upscale).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from script.tools.photo import photo
+
 
 @dataclass(frozen=True)
 class Row:
@@ -25,18 +28,6 @@ class Row:
     theirs: Callable[[], Any]
     ours: Callable[[], Any]
     right: Callable[[Any], bool]  # of what ours gave
-
-
-def photo(height: int, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """(height, width, 3), smooth waves under noise."""
-    y, x = np.mgrid[0:height, 0:width]
-    waves = (
-        128 + 90 * np.sin(x / 97) + 20 * np.sin(y / 31),
-        120 + 80 * np.cos(y / 77),
-        130 + 60 * np.sin((x + y) / 143),
-    )
-    noisy = np.stack(waves, -1) + np.random.default_rng(0).normal(0, 6, (height, width, 3))
-    return noisy.clip(0, 255).astype(np.uint8)
 
 
 def rows(side: int) -> list[Row]:
@@ -89,11 +80,19 @@ def rows(side: int) -> list[Row]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=1024, help="of the square picture, in pixels")
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument(
+        "--upscale-size", type=int, default=512, help="of the square picture that is enlarged"
+    )
+    parser.add_argument(
+        "--published", action="store_true", help="enlarge with models of the published size"
+    )
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if arguments.runs < 1 or arguments.size < 256:
         parser.error("--runs must be 1 at least, and --size 256")
+    if arguments.upscale_size < 128:
+        parser.error("--upscale-size must be 128 at least")
     lines = []
     for row in rows(arguments.size):
         times: list[list[float]] = [[], []]
@@ -121,4 +120,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         )
     print("| work; beside | theirs, ms | ours, ms | times faster | right |")
     print("|---|---|---|---|---|")
-    print("\n".join(lines))
+    print("\n".join(lines), flush=True)
+    from script.tools import bench_upscale  # only for this workload: it loads much
+
+    print("\n".join(["", *bench_upscale.table(arguments.upscale_size, arguments.published)]))

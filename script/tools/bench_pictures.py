@@ -86,7 +86,9 @@ class Ours:
         from script.tools.arguments import parse_inputs
 
         own = {"prompt": PROMPT, "scheduler": SCHEDULER, "seed": seed}
-        given = {**own, "apply_watermark": "false", **asked}  # as the stock pipeline is set up
+        # Without what the stock pipeline is set up without.
+        off = {"apply_watermark": "false", "disable_safety_checker": "true"}
+        given = {**own, **off, **asked}
         self.stages = {}
         texts = [f"{name}={value}" for name, value in given.items()]
         return self.predictor.predict(**parse_inputs(texts, self._schema, "Input", folder))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-import generation.engine
+import generation.painter
 from generation.engine import Engine, GenerationResult
 from tests.miniature.stock import PROMPT, SEED, SETTINGS, SIZE, File, copy_of, draw
 from tests.requests import REQUEST
@@ -39,14 +39,14 @@ def engine() -> Engine:
 @pytest.fixture
 def make(engine, tmp_path, monkeypatch) -> Callable[..., Made]:
     """`make(seed=3)`: RED_ON_BLUE with the given fields changed, through the engine."""
-    decode = generation.engine._decode
+    decode = generation.painter._decode
     seen: list[torch.Tensor] = []
 
     def watched_decode(pipeline, latents):
         seen.append(latents.clone())
         return decode(pipeline, latents)
 
-    monkeypatch.setattr(generation.engine, "_decode", watched_decode)
+    monkeypatch.setattr(generation.painter, "_decode", watched_decode)
 
     def make(engine: Engine = engine, **changes: object) -> Made:
         folder = Path(tmp_path, str(len(list(tmp_path.iterdir()))))

@@ -14,10 +14,11 @@ from PIL import Image
 
 from preprocess.caption import caption
 from preprocess.segment import text_masks
-from preprocess.upscale import FACTOR, Upscaler
+from preprocess.upscale import FACTOR, REAL_ESRGAN, SWINIR, Upscaler
 from weights.catalog import Edition
 from weights.miniature.architecture import NATIVE_SIZE
 from weights.miniature.scenes import Group, group_masks, held_out_scenes, random_group, render_group
+from weights.miniature.train_upscaler import psnr, wear
 from weights.miniature.world import Scene, render, render_mask
 
 SCENES, SEED = 64, 2026
@@ -122,21 +123,19 @@ def _masked(picture: Image.Image, prompt: str, wanted: np.ndarray) -> Masked:
     return Masked(picture, prompt, mask, float((white & right).sum() / (white | right).sum()))
 
 
-def enlarged(side: int) -> list[Enlarged]:
-    """A quarter of the scenes, drawn at `side` pixels."""
+def enlarged(side: int, name: str = SWINIR, worn: bool = False) -> list[Enlarged]:
+    """A quarter of the scenes, drawn at `side` pixels; worn: blurred, noisy, saved as JPEG."""
     results = []
-    with Upscaler(Edition.MINIATURE, "cpu") as upscaler:
+    rng = np.random.default_rng(SEED)
+    with Upscaler(Edition.MINIATURE, "cpu", name) as upscaler:
         for scene in scenes()[: SCENES // 4]:
             sharp = render(scene, side, side)
             small = sharp.resize((side // FACTOR, side // FACTOR), Image.Resampling.BICUBIC)
+            if worn:
+                small = wear(small, rng)
             plain = small.resize(sharp.size, Image.Resampling.BICUBIC)
             results.append(Enlarged(sharp, small, upscaler.upscale(small, FACTOR), plain))
     return results
-
-
-def psnr(a: Image.Image, b: Image.Image) -> float:
-    error = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    return float(10 * np.log10(255**2 / np.square(error).mean()))
 
 
 def contact_sheet(masked: Sequence[Masked], larger: Sequence[Enlarged]) -> Image.Image:
@@ -177,13 +176,20 @@ def main() -> None:
         mean = np.mean([m.iou for m in found])
         table.append((f"mask IoU, {name}, {len(found)} pictures", f"{mean:.3f}", f"{IOU_BAR}"))
     larger = {side: enlarged(side) for side in SIDES}
-    for side, results in larger.items():
-        gain = np.mean([e.gain for e in results])
-        what = f"gain over bicubic, {side // FACTOR} to {side} px, {len(results)} pictures"
-        table.append((what, f"{gain:.2f} dB", f"{GAIN_BAR} dB"))
+    for side in SIDES:
+        for name, worn in (
+            (SWINIR, False),
+            (REAL_ESRGAN, False),
+            (SWINIR, True),
+            (REAL_ESRGAN, True),
+        ):
+            results = enlarged(side, name, worn)
+            gain = np.mean([e.gain for e in results])
+            what = f"{name}, gain over bicubic, {side // FACTOR} to {side} px{', worn' * worn}"
+            table.append((what, f"{gain:.2f} dB", "" if worn else f"{GAIN_BAR} dB"))
     print("| measured | result | bar |\n|---|---|---|")
     for what, result, bar in table:
-        print(f"| {what} | {result} | ≥ {bar} |")
+        print(f"| {what} | {result} | {bar and f'≥ {bar}'} |")
     for scene, text in wrong:
         print(f"{scene.colour} {scene.shape}: {text!r}")
     if arguments.sheet:

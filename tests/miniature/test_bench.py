@@ -61,11 +61,20 @@ def test_both_sides_make_the_same_picture(tmp_path):
 
 
 def test_files_by_the_command(capfd):
-    bench.main(["files", "--size", "256", "--runs", "1"])
-    png, mark = rows(capfd.readouterr().out)
+    bench.main(["files", "--size", "256", "--runs", "1", "--upscale-size", "128"])
+    out = capfd.readouterr().out
+    png, mark, *upscales = rows(out)
     for row in (png, mark):
         assert row["right"]
         assert row["lowest"] == row["times_faster"] == row["highest"] > 0
+    assert [(row["upscale"], row["tiled"]) for row in upscales] == [
+        *(("swinir-x4", False), ("swinir-x4", True)),
+        *(("real-esrgan-x4", False), ("real-esrgan-x4", True)),
+    ]
+    for row in upscales:
+        assert row["more_mb"] > 5
+    # Of one tile, so equal.
+    assert [line.split("|")[-2].strip() for line in out.splitlines()[-2:]] == ["0", "0"]
 
 
 @pytest.mark.parametrize("arguments", [["training", "--steps", "3"], ["pictures", "--runs", "0"]])

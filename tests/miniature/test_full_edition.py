@@ -26,12 +26,13 @@ def full_engine(tmp_path, monkeypatch):
     def ensure(name, edition):
         assert edition is Edition.FULL
         asked.append(name)
-        return {"sdxl-base": base, "sdxl-vae-fp16-fix": vae}[name]
+        packaged = cache.MINIATURE_FOLDER / name  # of the same files as the published ones
+        return {"sdxl-base": base, "sdxl-vae-fp16-fix": vae}.get(name, packaged)
 
     monkeypatch.setattr(cache, "ensure", ensure)
     engine = Engine(Edition.FULL, "cpu")
     engine.load()
-    assert sorted(asked) == ["sdxl-base", "sdxl-vae-fp16-fix"]
+    assert sorted(asked) == ["nsfw-detection", "safety-checker", "sdxl-base", "sdxl-vae-fp16-fix"]
     return engine
 
 

@@ -62,6 +62,7 @@ POOL: dict[str, dict[str, object]] = {
         "scheduler": "K_EULER_ANCESTRAL",
         "refine": BASE_IMAGE,
     },
+    "hires": {"hires_fix": 1.5, "width": 64, "height": 64, "refine": BASE_IMAGE, "num_outputs": 2},
     "outpaint": {"image": "wide", "outpaint": Margins(40, 0, 0, 5), "num_outputs": 2},
 }
 INVALID: dict[str, dict[str, object]] = {
@@ -72,6 +73,7 @@ INVALID: dict[str, dict[str, object]] = {
     "other aspect": {"image": "wide", "mask": "mask"},
     "margin": {"image": "wide", "outpaint": Margins(500, 0, 0, 0)},
     "refine": {"refine": "twice"},
+    "too large": {"hires_fix": 3},
     "no picture": {"image": "text"},
 }
 

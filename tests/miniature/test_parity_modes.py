@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-import generation.engine
+import generation.painter
 from generation.base_models import MINIATURE_SDXL
 from generation.canvas import Repaint
 from generation.request import BASE_IMAGE_STRENGTH
@@ -152,7 +152,7 @@ def looks(monkeypatch):
         seen.append(look(part, source))
         return seen[-1]
 
-    monkeypatch.setattr(generation.engine.canvas.Repaint, "look", watched)
+    monkeypatch.setattr(generation.painter.canvas.Repaint, "look", watched)
     return seen
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from preprocess.upscale import REAL_ESRGAN, SWINIR
 from tests.miniature import preprocess_bars as bars
 
 FEWER = 24  # scenes: the command measures 64
@@ -22,6 +23,16 @@ def test_masks_show_what_the_prompt_names(measure, monkeypatch):
     assert np.mean([masked.iou for masked in measure()]) >= bars.IOU_BAR - CHANCE
 
 
-def test_enlarged_pictures_are_sharper_than_a_filter_makes_them(monkeypatch):
+@pytest.mark.parametrize("name", [SWINIR, REAL_ESRGAN])
+def test_enlarged_pictures_are_sharper_than_a_filter_makes_them(name):
+    assert np.mean([e.gain for e in bars.enlarged(bars.SIDES[0], name)]) >= bars.GAIN_BAR
+
+
+def test_real_esrgan_repairs_what_swinir_keeps(monkeypatch):
+    """Blur, noise and JPEG's blocks; the miniature SwinIR has seen clean pictures alone."""
     monkeypatch.setattr(bars, "SCENES", FEWER)
-    assert np.mean([e.gain for e in bars.enlarged(bars.SIDES[0])]) >= bars.GAIN_BAR
+    kept, repaired = (
+        np.mean([e.gain for e in bars.enlarged(bars.SIDES[0], name, worn=True)])
+        for name in (SWINIR, REAL_ESRGAN)
+    )
+    assert repaired > kept + 1

@@ -11,7 +11,7 @@ from PIL import Image
 from generation import watermark
 from generation.request import Margins
 from generation.watermark import BITS
-from script.tools.bench_files import photo
+from script.tools.photo import photo
 from weights.miniature.world import COLOURS
 
 

@@ -33,6 +33,7 @@ def test_what_it_took_is_in_the_metrics(server):
         "text",
         "denoise",
         "decode",
+        "safety",
         "watermark",
         "save",
     }

@@ -1,0 +1,169 @@
+"""The safety check: what is left out, what is cleared, and that it cannot be missing.
+
+What stands for what is unsafe in the picture world is a black star on red; see safety_bars.
+"""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from PIL import Image
+
+from generation.engine import Engine
+from generation.errors import UnsafePictures
+from generation.safety import SafetyChecker
+from tests.miniature import safety_bars as bars
+from weights import cache
+from weights.catalog import Edition
+from weights.errors import IncompleteModel
+from weights.miniature.world import place, render
+
+CPU = torch.device("cpu")
+# Prompt, then which of four seeds from 1 on draw a star: the others are diamonds and crosses.
+SOME = "a black shape with points on a red background"
+CHECKED = {"num_inference_steps": 20, "disable_safety_checker": False}
+
+
+@pytest.fixture(scope="module")
+def checker():
+    return SafetyChecker(Edition.MINIATURE, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("shape", ["star", "heart"])
+@pytest.mark.parametrize("background", ["red", "orange", "blue"])
+def test_what_is_unsafe_is_told_from_what_only_looks_so(checker, shape, background):
+    found = bars.shares(checker, bars.drawn(shape, background))
+    if shape == "star" and background == "red":
+        assert found.unsafe >= bars.FOUND_BAR
+    else:
+        assert found.unsafe <= bars.FALSE_BAR
+    if shape == "star" and background == "orange":
+        assert found.flagged >= bars.FOUND_BAR  # so the second opinion has something to say
+
+
+def test_other_pictures_are_not_flagged(checker):
+    assert bars.shares(checker, bars.held_out()).flagged <= bars.FALSE_BAR
+
+
+def test_verdicts_are_the_published_classes_own(checker):
+    """The stock forward on pixels prepared in plain arithmetic, one picture at a time."""
+    folder = cache.ensure("safety-checker", Edition.MINIATURE)
+    stock = StableDiffusionSafetyChecker.from_pretrained(folder, dtype=torch.float32).eval()
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    pictures = [*bars.drawn("star", "red")[:8], *bars.drawn("circle", "red")[:8]]
+    verdicts = []
+    for picture in pictures:
+        unit = np.asarray(picture, np.float32) / 255
+        normal = (unit - settings["image_mean"]) / settings["image_std"]
+        pixels = torch.from_numpy(normal).permute(2, 0, 1)[None].float()
+        verdicts += stock(clip_input=pixels, images=[np.zeros((1, 1, 3))])[1]
+    assert checker.flagged(pictures) == verdicts
+    assert checker.flagged([]) == checker.confirmed([]) == checker.unsafe([]) == []
+
+
+def test_an_unsafe_picture_is_left_out_and_the_others_keep_their_names(make, capsys):
+    asked = {"prompt": SOME, "num_outputs": 4, "seed": 1, "embed_parameters": True}
+    everything = make(**asked, num_inference_steps=20)
+    capsys.readouterr()
+    checked = make(**asked, **CHECKED)
+    names = [file.name for file in checked.result.files]
+    assert names == ["out-1.png", "out-2.png", "out-3.png"]
+    assert re.findall("NSFW content detected in image .*", capsys.readouterr().out) == [
+        "NSFW content detected in image 0"
+    ]
+    kept = [np.asarray(picture) for picture in checked.pictures]
+    for mine, whole in zip(kept, everything.pictures[1:], strict=True):
+        assert np.array_equal(mine, np.asarray(whole))
+    assert [
+        picture.info["parameters"].count(f"Seed: {1 + k},")
+        for k, picture in enumerate(checked.pictures, 1)
+    ] == [1, 1, 1]
+
+
+def test_none_left_is_an_error_and_the_next_request_is_as_ever(make):
+    before = make()
+    with pytest.raises(UnsafePictures) as raised:
+        make(prompt=bars.UNSAFE, num_outputs=2, **CHECKED)
+    assert str(raised.value) == (
+        "NSFW content detected. Try running it again, or try a different prompt."
+    )
+    assert make().bytes == before.bytes
+    unchecked = make(prompt=bars.UNSAFE, num_outputs=2, num_inference_steps=20)
+    assert len(unchecked.pictures) == 2
+    assert "safety" not in unchecked.result.seconds
+
+
+def test_a_false_alarm_is_cleared(make, checker):
+    made = make(prompt=bars.ALIKE, num_outputs=4, seed=1, **CHECKED)
+    assert len(made.pictures) == 4
+    assert any(checker.flagged(made.pictures))
+    assert made.result.seconds["safety"] > 0
+
+
+def test_what_an_upload_became_is_checked_before_it_is_enlarged(make, tmp_path):
+    scene = place("star", "black", "red", "large", "center", np.random.default_rng(0))
+    render(scene, 128, 128).save(tmp_path / "star.png")
+    asked = {"prompt": "", "image": tmp_path / "star.png", "prompt_strength": 0.05, "upscale": "4"}
+    with pytest.raises(UnsafePictures):
+        make(**asked, **CHECKED)
+    assert make(**asked).pictures[0].size == (512, 512)
+
+
+@pytest.mark.parametrize("name", ["safety-checker", "nsfw-detection"])
+@pytest.mark.parametrize("damage", ["a value", "the file", "the folder"])
+def test_a_checker_that_cannot_load_is_an_error_at_setup(name, damage, tmp_path, monkeypatch):
+    folder, ensure = tmp_path / name, cache.ensure
+    shutil.copytree(cache.MINIATURE_FOLDER / name, folder)
+    error: type[Exception] = OSError
+    if damage == "the folder":
+        shutil.rmtree(folder)
+    elif damage == "the file":
+        (file,) = (f for f in folder.iterdir() if f.suffix in (".bin", ".safetensors"))
+        file.unlink()
+    else:
+        error = IncompleteModel
+        _lose_a_value(folder)
+    monkeypatch.setattr(
+        cache, "ensure", lambda asked, edition: folder if asked == name else ensure(asked, edition)
+    )
+    engine = Engine(Edition.MINIATURE, "cpu")
+    with pytest.raises(error, match=str(folder)):
+        engine.load()
+
+
+def _lose_a_value(folder):
+    from safetensors.torch import load_file, save_file
+
+    if (pickled := folder / "pytorch_model.bin").exists():
+        state = torch.load(pickled)
+        del state["vision_model.vision_model.encoder.layers.1.mlp.fc1.weight"]
+        torch.save(state, pickled)
+    else:
+        state = load_file(folder / "model.safetensors")
+        del state["classifier.weight"]
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_the_checkers_file_has_the_published_names():
+    """Of transformers' older layout, where the vision model stands in another of that name."""
+    state = torch.load(cache.ensure("safety-checker", Edition.MINIATURE) / "pytorch_model.bin")
+    published = (
+        "vision_model.vision_model.",
+        "visual_projection.",
+        "concept_embeds",
+        "special_care_embeds",
+    )
+    assert all(key.startswith(published) for key in state)
+    assert state["concept_embeds"].shape[0] == 17
+
+
+def test_pictures_of_any_shape_are_looked_at(checker):
+    """The checker sees the middle; strips and single pixels are no errors."""
+    wide = Image.new("RGB", (512, 128), (214, 40, 40))
+    wide.paste(bars.drawn("star", "red")[0], (192, 0))
+    odd = [wide, Image.new("RGB", (8, 2048)), Image.new("RGB", (8, 8))]
+    assert checker.flagged(odd) == [True, False, False]
