@@ -84,6 +84,12 @@ GALLERY = {
         ("upscale=off", "upscale=4"),
         closeup=True,
     ),
+    "hires": Entry(
+        dict,
+        ("prompt=a small yellow heart on a purple background", "seed=1"),
+        ("upscale=2", "hires_fix=2"),
+        closeup=True,
+    ),
     "refiner": Entry(
         dict,
         ("prompt=a large green star on a black background", "seed=2"),
@@ -95,11 +101,12 @@ GALLERY = {
 def closeups(pictures: list[Image.Image]) -> list[Image.Image]:
     """The middle of each, all as large as the largest."""
     size = max(picture.size for picture in pictures)
-    box = ((size[0] - CLOSEUP) // 2, (size[1] - CLOSEUP) // 2)
+    side = min(CLOSEUP, *size)
+    box = ((size[0] - side) // 2, (size[1] - side) // 2)
     return [
         picture.convert("RGB")
         .resize(size, Image.Resampling.BICUBIC)
-        .crop((*box, box[0] + CLOSEUP, box[1] + CLOSEUP))
+        .crop((*box, box[0] + side, box[1] + side))
         for picture in pictures
     ]
 
