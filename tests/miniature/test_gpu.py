@@ -9,7 +9,8 @@ from PIL import Image
 
 from generation.engine import Engine
 from generation.request import Margins
-from tests.miniature import concept
+from generation.safety import SafetyChecker
+from tests.miniature import concept, safety_bars
 from tests.miniature import training_bars as bars
 from tests.miniature.stock import COG_ARCHIVE, TYPED
 from training import learner, loop
@@ -90,6 +91,16 @@ def test_a_request_is_repeated_byte_for_byte_after_another_with_weights(gpu, mak
     first = make(engine=gpu).bytes
     make(engine=gpu, prompt=TYPED, replicate_weights=COG_ARCHIVE.url)
     assert make(engine=gpu).bytes == first
+
+
+def test_the_safety_models_agree_in_fp16(gpu):
+    here = gpu._finisher.load_safety_checker()
+    there = SafetyChecker(Edition.MINIATURE, torch.device("cpu"), torch.float32)
+    for shape, background in (("star", "red"), ("star", "orange"), ("heart", "red")):
+        pictures = safety_bars.drawn(shape, background)
+        for opinion in ("flagged", "confirmed"):
+            ours, cpus = (np.array(getattr(c, opinion)(pictures)) for c in (here, there))
+            assert (ours != cpus).mean() <= 0.02
 
 
 def losses(tmp_path, **changes) -> list[float]:

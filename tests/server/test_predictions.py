@@ -55,6 +55,16 @@ def test_the_log_has_the_seed_and_one_progress_bar(server):
     assert steps == sorted(steps)
 
 
+def test_unsafe_pictures_are_an_error_in_cog_sdxls_words(server):
+    asked = {"prompt": "a black star on a red background", "seed": 1, "num_inference_steps": 20}
+    result = server.predict(**asked)
+    assert result["status"] == "failed"
+    expected = "NSFW content detected. Try running it again, or try a different prompt."
+    assert result["error"] == expected
+    assert "NSFW content detected in image 0" in result["logs"]
+    assert server.predict(**asked, disable_safety_checker=True)["status"] == "succeeded"
+
+
 def test_the_seed_in_the_metrics_makes_the_picture_again(server):
     settings = {"prompt": RED_CIRCLE["prompt"], "num_inference_steps": 2}
     first = server.predict(**settings)
