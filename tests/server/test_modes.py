@@ -48,7 +48,17 @@ def test_image_to_image_starts_from_the_image(server):
     distances = [np.abs(made(result) - pixels(SOURCE)).mean() for result in (near, far)]
     assert distances[0] < 10
     assert distances[0] < distances[1]
-    stages = {"load", "weights", "text", "encode", "denoise", "decode", "watermark", "save"}
+    stages = {
+        "load",
+        "weights",
+        "text",
+        "encode",
+        "denoise",
+        "decode",
+        "safety",
+        "watermark",
+        "save",
+    }
     assert set(near["metrics"]["seconds"]) == stages
 
 

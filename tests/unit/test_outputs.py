@@ -29,10 +29,10 @@ def server(tmp_path):
 
 
 def test_pictures_are_saved_losslessly_and_in_order(tmp_path):
-    pictures = [_noise(i) for i in range(3)]
-    paths = save(pictures, tmp_path, OutputPlan(OutputFormat.PNG, 90, None), [None] * 3)
-    assert [p.name for p in paths] == ["out-0.png", "out-1.png", "out-2.png"]
-    for path, picture in zip(paths, pictures, strict=True):
+    pictures = {number: _noise(number) for number in (0, 1, 3)}
+    paths = save(pictures, tmp_path, OutputPlan(OutputFormat.PNG, 90, None), {})
+    assert [p.name for p in paths] == ["out-0.png", "out-1.png", "out-3.png"]
+    for path, picture in zip(paths, pictures.values(), strict=True):
         with Image.open(path) as stored:
             assert stored.format == "PNG"
             assert stored.tobytes() == picture.tobytes()
@@ -41,11 +41,11 @@ def test_pictures_are_saved_losslessly_and_in_order(tmp_path):
 @pytest.mark.parametrize("kind", OutputFormat)
 @pytest.mark.parametrize("count", [1, 6])
 def test_each_picture_has_its_own_parameters(tmp_path, kind, count):
-    pictures = [_noise(i) for i in range(count)]
-    texts = [f"picture {i}" for i in range(count)]
+    pictures = {i: _noise(i) for i in range(count)}
+    texts = {i: f"picture {i}" for i in range(count)}
     paths = save(pictures, tmp_path, OutputPlan(kind, 90, {}), texts)
     assert [p.name for p in paths] == [f"out-{i}.{kind}" for i in range(count)]
-    for path, text in zip(paths, texts, strict=True):
+    for path, text in zip(paths, texts.values(), strict=True):
         content = path.read_bytes()
         assert any(text.encode(coding) in content for coding in ("latin-1", "utf-16-be"))
 

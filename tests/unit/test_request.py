@@ -230,7 +230,10 @@ def test_what_is_no_number_is_refused(name, value):
 
 
 def test_the_floats_are_all_there():
-    assert set(FLOATS) == {"guidance_scale", "prompt_strength", "high_noise_frac", "lora_scale"}
+    assert set(FLOATS) == {
+        *("guidance_scale", "prompt_strength", "high_noise_frac", "lora_scale"),
+        *("hires_fix", "hires_strength"),
+    }
 
 
 # Sizes
