@@ -23,9 +23,24 @@ SCHEDULER_CHOICES = [
     "K_EULER_ANCESTRAL",
     "K_EULER",
     "PNDM",
+    "Euler",
+    "Euler a",
+    "Heun",
+    "LMS",
+    "DPM2",
+    "DPM2 a",
+    "DPM++ 2M",
+    "DPM++ 2M SDE",
+    "DPM++ SDE",
+    "DPM++ 2S a",
+    "UniPC",
+    "DEIS",
+    "LCM",
+    "TCD",
 ]
 
-
+# script/sync: generation.schedulers.ScheduleType
+SCHEDULE_TYPE_CHOICES = ["automatic", "karras", "exponential", "sgm_uniform"]
 # script/sync: generation.request.Refine
 REFINE_CHOICES = ["no_refiner", "expert_ensemble_refiner", "base_image_refiner"]
 # script/sync: generation.request.Upscale
@@ -98,6 +113,11 @@ class Predictor(BasePredictor):
             default=None,
             description="How noise is taken away; empty for the default of the model",
             choices=SCHEDULER_CHOICES,
+        ),
+        schedule_type: str = Input(
+            default="automatic",
+            description="How noise levels are spaced between the steps; automatic: the model's own way",
+            choices=SCHEDULE_TYPE_CHOICES,
         ),
         num_inference_steps: Optional[int] = Input(
             default=None,
@@ -258,6 +278,7 @@ class Predictor(BasePredictor):
             height=_whole(height),
             num_outputs=int(num_outputs),
             scheduler=scheduler,
+            schedule_type=schedule_type,
             num_inference_steps=_whole(num_inference_steps),
             guidance_scale=guidance_scale,
             prompt_strength=prompt_strength,

@@ -12,7 +12,7 @@ from generation import canvas, modes, prompts, refine
 from generation.base_models import BaseModelSpec
 from generation.blending import Mask
 from generation.finish import Finisher, to_pictures
-from generation.pipelines import PipelineStore
+from generation.pipelines import PipelineStore, scheduler_of
 from generation.request import GenerationPlan, HiresPlan, Mode, RepaintPlan
 from generation.stages import Stages
 
@@ -120,12 +120,12 @@ class _Painter:
         """Load what the plan needs and read its prompts."""
         store, spec, own, stages = studio.store, studio.spec, studio.own, studio.stages
         with stages.time("load"):
-            pipeline = store.pipeline(spec, plan.mode, plan.scheduler, own)
-            second = store.refiner_pipeline(spec, plan.scheduler, own) if plan.refine else None
+            pipeline = store.pipeline(spec, plan, own)
+            second = store.refiner_pipeline(spec, plan, own) if plan.refine else None
         with stages.time("text"):
             embeddings = studio.texts.encode(pipeline, plan)
             refiner = _Refiner(second, studio.texts.encode(second, plan)) if second else None
-        end = refine.handover(plan, store.load(spec).scheduler_config)
+        end = refine.handover(plan, scheduler_of(plan, store.load(spec)))
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in plan.seeds]
         return cls(spec, plan, stages, pipeline, embeddings, refiner, end, generators)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from generation.adapters import Adapter
 from generation.base_models import BaseModelSpec
 from generation.request import GenerationPlan, Mode, Upscaler
-from generation.schedulers import SCHEDULERS
+from generation.schedulers import a1111_name
 
 PROGRAM = "cog-stable-diffusion"
 MAX_PROMPT_CHARACTERS = 10_000  # of each prompt, in UTF-16: a JPEG has room for 32,000 in all
@@ -29,7 +29,7 @@ def describe(
     """
     settings: dict[str, object] = {
         "Steps": plan.num_inference_steps,
-        "Sampler": SCHEDULERS[plan.scheduler].a1111,
+        "Sampler": a1111_name(plan.scheduler, plan.schedule_type),
         "CFG scale": f"{plan.guidance_scale:g}",
         "Seed": seed,
         "Size": f"{plan.width}x{plan.height}",

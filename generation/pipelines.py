@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from generation.base_models import BaseModelSpec, Family, RefinerSpec
-from generation.request import Mode
+from generation.request import GenerationPlan, Mode
 from generation.schedulers import build_scheduler
 from weights import cache
 from weights.catalog import Edition
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
 # By name, so that a class is imported when it is first needed: importing all of diffusers'
 # pipelines takes longer than many a request.
@@ -66,20 +66,20 @@ class PipelineStore:
         return self._loaded[spec.refiner.name]
 
     def pipeline(
-        self, spec: BaseModelSpec, mode: Mode, scheduler: str, own: Mapping[str, object]
+        self, spec: BaseModelSpec, plan: GenerationPlan, own: Mapping[str, object]
     ) -> DiffusionPipeline:
         """A pipeline for one request, with a scheduler of its own, and its `own` parts."""
-        return _build(PIPELINE_CLASSES[spec.family, mode], self.load(spec), scheduler, own)
+        return _build(PIPELINE_CLASSES[spec.family, plan.mode], self.load(spec), plan, own)
 
     def refiner_pipeline(
-        self, spec: BaseModelSpec, scheduler: str, own: Mapping[str, object]
+        self, spec: BaseModelSpec, plan: GenerationPlan, own: Mapping[str, object]
     ) -> DiffusionPipeline:
         """The refiner's pipeline for one request; of its `own` parts, those that a refiner has."""
         assert spec.refiner is not None
         pipeline_class = PIPELINE_CLASSES[spec.refiner.family, Mode.IMG2IMG]
         model = self.load_refiner(spec)
         own = {name: part for name, part in own.items() if model.parts[name] is not None}
-        return _build(pipeline_class, model, scheduler, own)
+        return _build(pipeline_class, model, plan, own)
 
     def _read(self, spec: BaseModelSpec) -> LoadedModel:
         import diffusers
@@ -137,14 +137,19 @@ def _scheduler_config(folder: Path) -> Mapping[str, object]:
     return config
 
 
+def scheduler_of(plan: GenerationPlan, model: LoadedModel) -> SchedulerMixin:
+    """A new scheduler for the plan, from the config that the model came with."""
+    return build_scheduler(plan.scheduler, plan.schedule_type, model.scheduler_config, plan.seeds)
+
+
 def _build(
-    class_name: str, model: LoadedModel, scheduler: str, own: Mapping[str, object]
+    class_name: str, model: LoadedModel, plan: GenerationPlan, own: Mapping[str, object]
 ) -> DiffusionPipeline:
     import diffusers
 
     pipeline: DiffusionPipeline = getattr(diffusers, class_name)(
         **{**model.parts, **own},
-        scheduler=build_scheduler(scheduler, model.scheduler_config),
+        scheduler=scheduler_of(plan, model),
         add_watermarker=False,
     )
     return pipeline

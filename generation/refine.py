@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,21 +10,21 @@ import torch
 from generation.modes import Generators, Source, Start, common_arguments, noise_to_come
 from generation.prompts import PromptEmbeddings
 from generation.request import BASE_IMAGE_STRENGTH, GenerationPlan, Refine
-from generation.schedulers import build_scheduler
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
 
-def handover(plan: GenerationPlan, scheduler_config: Mapping[str, object]) -> float | None:
+def handover(plan: GenerationPlan, scheduler: SchedulerMixin) -> float | None:
     """The share of the noise levels after which the refiner takes over; None: it does not.
+
+    `scheduler` is a new one for the plan.
 
     `high_noise_frac` as asked, but the base model makes at least the first step, because the
     refiner cannot start from pure noise; with so few steps that none is left, it makes all.
     """
     if plan.refine is None or plan.refine.style is not Refine.EXPERT_ENSEMBLE:
         return None
-    scheduler = build_scheduler(plan.scheduler, scheduler_config)
     scheduler.set_timesteps(plan.num_inference_steps)
     levels: int = scheduler.config.num_train_timesteps
     first = plan.skipped_steps * scheduler.order

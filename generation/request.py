@@ -8,7 +8,7 @@ from pathlib import Path
 
 from generation.base_models import BaseModelSpec
 from generation.errors import InvalidRequest
-from generation.schedulers import SCHEDULERS
+from generation.schedulers import SCHEDULERS, ScheduleType
 from preprocess.images import MAX_IMAGE_PIXELS
 from weights.references import Source, Tokens, parse_source, shown
 
@@ -107,6 +107,7 @@ class GenerationRequest:
     height: int | None  # pixels
     num_outputs: int
     scheduler: str | None
+    schedule_type: str
     num_inference_steps: int | None
     guidance_scale: float | None  # 1 or less: no guidance pass
     prompt_strength: float  # 0 keeps the image, 1 ignores it
@@ -197,6 +198,7 @@ class GenerationPlan:
     width: int  # of the pictures that come out, but for hires and upscale
     height: int
     scheduler: str
+    schedule_type: ScheduleType
     num_inference_steps: int  # of the whole schedule: the last strength x steps of it run
     guidance_scale: float
     strength: float  # 1 except where an image is given
@@ -264,6 +266,7 @@ def resolve(
     strength, steps = _at_least_one_step(
         strength, spec.num_inference_steps if steps is None else steps
     )
+    scheduler = spec.scheduler if request.scheduler is None else request.scheduler
     hires = _hires(request, mode, spec, steps, (width, height))
     drawn = (hires.width, hires.height) if hires else (width, height)
     return GenerationPlan(
@@ -272,7 +275,8 @@ def resolve(
         negative_prompt=request.negative_prompt,
         width=width,
         height=height,
-        scheduler=spec.scheduler if request.scheduler is None else request.scheduler,
+        scheduler=scheduler,
+        schedule_type=_schedule_type(request.schedule_type, scheduler, steps),
         num_inference_steps=steps,
         guidance_scale=spec.guidance_scale if guidance is None else guidance,
         strength=strength,
@@ -297,6 +301,7 @@ def resolve(
 def _check(request: GenerationRequest) -> None:
     """The rules that concern one value each."""
     _one_of("scheduler", request.scheduler, list(SCHEDULERS))
+    _one_of("schedule_type", request.schedule_type, list(ScheduleType))
     _one_of("masked_content", request.masked_content, list(MaskedContent))
     _one_of("inpaint_area", request.inpaint_area, list(InpaintArea))
     _one_of("refine", request.refine, list(Refine))
@@ -368,6 +373,22 @@ def _asked(request: GenerationRequest) -> dict[str, object]:
         told["loras"] = [shown(reference) for reference in request.loras]
         told["lora_scales"] = list(request.lora_scales)
     return told
+
+
+def _schedule_type(name: str, scheduler: str, steps: int) -> ScheduleType:
+    spec = SCHEDULERS[scheduler]
+    if spec.max_steps is not None and steps > spec.max_steps:
+        raise InvalidRequest(
+            f"num_inference_steps is {steps}, and scheduler {scheduler} has at most"
+            f" {spec.max_steps}; use fewer, or another scheduler"
+        )
+    schedule_type, possible = ScheduleType(name), spec.schedule_types
+    if schedule_type not in possible:
+        raise InvalidRequest(
+            f"schedule_type is {schedule_type}, and scheduler {scheduler} has only"
+            f" {', '.join(possible)}; use one of those, or another scheduler"
+        )
+    return schedule_type
 
 
 def _repaint(request: GenerationRequest) -> RepaintPlan:

@@ -1,13 +1,46 @@
-"""The schedulers a request can name: replicate/cog-sdxl's names, with its exact meanings."""
+"""The schedulers a request can name, and how their noise levels may be spaced.
+
+replicate/cog-sdxl's seven names come first, with its exact meanings; the others are A1111's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
+
+Overrides = Mapping[str, bool | str | float]
+
+
+class ScheduleType(StrEnum):
+    """How noise levels are spaced; A1111's names."""
+
+    AUTOMATIC = "automatic"  # as the model's own config says
+    KARRAS = "karras"  # arXiv:2206.00364, equation 5
+    EXPONENTIAL = "exponential"  # evenly in log sigma
+    SGM_UNIFORM = "sgm_uniform"  # evenly in time, from the last timestep on ("trailing")
+
+
+_OF_TYPE: dict[ScheduleType, Overrides] = {
+    ScheduleType.AUTOMATIC: {},
+    ScheduleType.KARRAS: {"use_karras_sigmas": True},
+    ScheduleType.EXPONENTIAL: {"use_exponential_sigmas": True},
+    ScheduleType.SGM_UNIFORM: {"timestep_spacing": "trailing"},
+}
+_AUTOMATIC = (ScheduleType.AUTOMATIC,)
+_IN_TIME = (ScheduleType.AUTOMATIC, ScheduleType.SGM_UNIFORM)
+_IN_SIGMA = (ScheduleType.AUTOMATIC, ScheduleType.KARRAS, ScheduleType.EXPONENTIAL)
+_ANY = tuple(ScheduleType)
+_NAMES = {
+    ScheduleType.AUTOMATIC: "",
+    ScheduleType.KARRAS: "Karras",
+    ScheduleType.EXPONENTIAL: "Exponential",
+    ScheduleType.SGM_UNIFORM: "SGM Uniform",
+}
 
 
 @dataclass(frozen=True)
@@ -19,32 +52,68 @@ class SchedulerSpec:
 
     class_name: str
     a1111: str  # what AUTOMATIC1111/stable-diffusion-webui calls it, in pictures' parameters
-    overrides: Mapping[str, bool | str | float] = field(default_factory=dict)
+    schedule_types: tuple[ScheduleType, ...]
+    overrides: Overrides = field(default_factory=dict)
+    max_steps: int | None = None
 
+
+_SDE: Overrides = {"algorithm_type": "sde-dpmsolver++"}
+# Distilled for at most so many levels: their schedules are drawn from those.
+_DISTILLED_STEPS = 50
 
 SCHEDULERS: dict[str, SchedulerSpec] = {
-    "DDIM": SchedulerSpec("DDIMScheduler", "DDIM"),
-    "DPMSolverMultistep": SchedulerSpec("DPMSolverMultistepScheduler", "DPM++ 2M"),
-    "HeunDiscrete": SchedulerSpec("HeunDiscreteScheduler", "Heun"),
+    "DDIM": SchedulerSpec("DDIMScheduler", "DDIM", _IN_TIME),
+    "DPMSolverMultistep": SchedulerSpec("DPMSolverMultistepScheduler", "DPM++ 2M", _ANY),
+    "HeunDiscrete": SchedulerSpec("HeunDiscreteScheduler", "Heun", _ANY),
     "KarrasDPM": SchedulerSpec(
-        "DPMSolverMultistepScheduler", "DPM++ 2M Karras", {"use_karras_sigmas": True}
+        "DPMSolverMultistepScheduler", "DPM++ 2M Karras", _AUTOMATIC, {"use_karras_sigmas": True}
     ),
-    "K_EULER_ANCESTRAL": SchedulerSpec("EulerAncestralDiscreteScheduler", "Euler a"),
-    "K_EULER": SchedulerSpec("EulerDiscreteScheduler", "Euler"),
-    "PNDM": SchedulerSpec("PNDMScheduler", "PLMS"),
+    "K_EULER_ANCESTRAL": SchedulerSpec("EulerAncestralDiscreteScheduler", "Euler a", _IN_TIME),
+    "K_EULER": SchedulerSpec("EulerDiscreteScheduler", "Euler", _ANY),
+    "PNDM": SchedulerSpec("PNDMScheduler", "PLMS", _IN_TIME),
+    "Euler": SchedulerSpec("EulerDiscreteScheduler", "Euler", _ANY),
+    "Euler a": SchedulerSpec("EulerAncestralDiscreteScheduler", "Euler a", _IN_TIME),
+    "Heun": SchedulerSpec("HeunDiscreteScheduler", "Heun", _ANY),
+    "LMS": SchedulerSpec("LMSDiscreteScheduler", "LMS", _ANY),
+    "DPM2": SchedulerSpec("KDPM2DiscreteScheduler", "DPM2", _ANY),
+    "DPM2 a": SchedulerSpec("KDPM2AncestralDiscreteScheduler", "DPM2 a", _ANY),
+    "DPM++ 2M": SchedulerSpec("DPMSolverMultistepScheduler", "DPM++ 2M", _ANY),
+    "DPM++ 2M SDE": SchedulerSpec("DPMSolverMultistepScheduler", "DPM++ 2M SDE", _ANY, _SDE),
+    "DPM++ SDE": SchedulerSpec("DPMSolverSDEScheduler", "DPM++ SDE", _ANY),
+    "DPM++ 2S a": SchedulerSpec("DPMSolverSinglestepScheduler", "DPM++ 2S a", _IN_SIGMA, _SDE),
+    "UniPC": SchedulerSpec("UniPCMultistepScheduler", "UniPC", _ANY),
+    "DEIS": SchedulerSpec("DEISMultistepScheduler", "DEIS", _ANY),
+    "LCM": SchedulerSpec("LCMScheduler", "LCM", _AUTOMATIC, max_steps=_DISTILLED_STEPS),
+    "TCD": SchedulerSpec("TCDScheduler", "TCD", _AUTOMATIC, max_steps=_DISTILLED_STEPS),
 }
 
 
-def build_scheduler(name: str, pristine_config: Mapping[str, object]) -> SchedulerMixin:
+def a1111_name(name: str, schedule_type: ScheduleType) -> str:
+    """The sampler as A1111 writes it, with the kind of spacing."""
+    return f"{SCHEDULERS[name].a1111} {_NAMES[schedule_type]}".strip()
+
+
+def build_scheduler(
+    name: str,
+    schedule_type: ScheduleType,
+    pristine_config: Mapping[str, object],
+    seeds: Sequence[int] = (),
+) -> SchedulerMixin:
     """A new scheduler of the registry from the config that the model came with.
 
     Never from another scheduler's config: its overrides would stay for the rest of the process
-    (after one KarrasDPM request every later scheduler would run on Karras sigmas).
+    (after one KarrasDPM request every later scheduler would run on Karras sigmas). `seeds` are the
+    pictures', for a scheduler that draws by itself.
     """
     import diffusers
 
     spec = SCHEDULERS[name]
-    scheduler: SchedulerMixin = getattr(diffusers, spec.class_name).from_config(
-        {**pristine_config, **spec.overrides}
-    )
+    config = {**pristine_config, **spec.overrides, **_OF_TYPE[schedule_type]}
+    if spec.class_name == "DPMSolverSDEScheduler":
+        from generation.sde import SeededSDEScheduler
+
+        config["noise_sampler_seed"] = list(seeds) or None
+        seeded: SchedulerMixin = SeededSDEScheduler.from_config(config)
+        return seeded
+    scheduler: SchedulerMixin = getattr(diffusers, spec.class_name).from_config(config)
     return scheduler

@@ -11,6 +11,7 @@ REQUEST = GenerationRequest(
     height=None,
     num_outputs=1,
     scheduler=None,
+    schedule_type="automatic",
     num_inference_steps=None,
     guidance_scale=None,
     prompt_strength=0.8,

@@ -257,7 +257,7 @@ def train(model: TextToNoise, out: Path, recipe: UnetRecipe, device: torch.devic
         batch = next(batches)
         width, height = batch.size
         time_ids = torch.tensor([[height, width, 0, 0, height, width]]).repeat(recipe.batch, 1)
-        timesteps = _timesteps(recipe.batch).to(device)
+        timesteps = noise_levels(recipe.batch).to(device)
         noise = torch.randn_like(batch.clean)
         noisy = noising.add_noise(batch.clean, noise, timesteps)
         texts = drop_captions(batch.texts, timesteps, recipe, rng)
@@ -271,7 +271,7 @@ def train(model: TextToNoise, out: Path, recipe: UnetRecipe, device: torch.devic
     return fit(model.to(device), recipe, loss_of, lambda average: save(average, out))
 
 
-def _timesteps(count: int) -> Tensor:
+def noise_levels(count: int) -> Tensor:
     """Half uniform, half logit-normal (arXiv:2403.03206): shapes are decided in the middle."""
     middle = torch.sigmoid(torch.randn(count // 2)) * 1000
     return torch.cat([torch.randint(0, 1000, (count - count // 2,)), middle.long()])
