@@ -14,6 +14,8 @@ from generation.errors import InvalidRequest
 from generation.outputs import OutputFolders
 from generation.request import GenerationRequest, Margins
 
+# script/sync: generation.request.AspectRatio
+ASPECT_RATIO_CHOICES = ["1:1", "3:2", "2:3", "4:3", "3:4", "16:9", "9:16"]
 # script/sync: generation.schedulers.SCHEDULERS
 SCHEDULER_CHOICES = [
     "DDIM",
@@ -103,6 +105,11 @@ class Predictor(BasePredictor):
             ge=8,
             le=8192,
         ),
+        aspect_ratio: Optional[str] = Input(
+            default=None,
+            description="Instead of width and height: the model's own size of this width to height",
+            choices=ASPECT_RATIO_CHOICES,
+        ),
         num_outputs: int = Input(
             default=1,
             description="Number of pictures; picture k has the seed of the first plus k",
@@ -116,7 +123,7 @@ class Predictor(BasePredictor):
         ),
         schedule_type: str = Input(
             default="automatic",
-            description="How noise levels are spaced between the steps; automatic: the model's own way",
+            description="How noise levels are spaced over steps; automatic: the model's own way",
             choices=SCHEDULE_TYPE_CHOICES,
         ),
         num_inference_steps: Optional[int] = Input(
@@ -276,6 +283,7 @@ class Predictor(BasePredictor):
             mask=_file("mask", mask),
             width=_whole(width),
             height=_whole(height),
+            aspect_ratio=aspect_ratio,
             num_outputs=int(num_outputs),
             scheduler=scheduler,
             schedule_type=schedule_type,

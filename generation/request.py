@@ -67,6 +67,31 @@ class Upscale(StrEnum):
     FOUR_TIMES = "4"
 
 
+class AspectRatio(StrEnum):
+    """Width to height."""
+
+    SQUARE = "1:1"
+    LANDSCAPE_3_2 = "3:2"
+    PORTRAIT_2_3 = "2:3"
+    LANDSCAPE_4_3 = "4:3"
+    PORTRAIT_3_4 = "3:4"
+    LANDSCAPE_16_9 = "16:9"
+    PORTRAIT_9_16 = "9:16"
+
+
+# Of one megapixel, close to the ratio and among the sizes that SDXL was trained at
+# (arXiv:2307.01952, appendix I); other models' are these, scaled to their own area.
+_SIZES = {
+    AspectRatio.SQUARE: (1024, 1024),
+    AspectRatio.LANDSCAPE_3_2: (1216, 832),
+    AspectRatio.PORTRAIT_2_3: (832, 1216),
+    AspectRatio.LANDSCAPE_4_3: (1152, 896),
+    AspectRatio.PORTRAIT_3_4: (896, 1152),
+    AspectRatio.LANDSCAPE_16_9: (1344, 768),
+    AspectRatio.PORTRAIT_9_16: (768, 1344),
+}
+
+
 class Upscaler(StrEnum):
     """Which model enlarges pictures."""
 
@@ -105,6 +130,7 @@ class GenerationRequest:
     mask: Path | None  # white = repaint
     width: int | None  # pixels
     height: int | None  # pixels
+    aspect_ratio: str | None  # in the place of width and height
     num_outputs: int
     scheduler: str | None
     schedule_type: str
@@ -263,11 +289,12 @@ def resolve(
     steps = request.num_inference_steps
     guidance = request.guidance_scale
     strength = 1.0 if mode is Mode.TXT2IMG else request.prompt_strength
-    strength, steps = _at_least_one_step(
-        strength, spec.num_inference_steps if steps is None else steps
-    )
     scheduler = spec.scheduler if request.scheduler is None else request.scheduler
-    hires = _hires(request, mode, spec, steps, (width, height))
+    steps = spec.num_inference_steps if steps is None else steps
+    schedule_type = _schedule_type(request.schedule_type, scheduler, steps)
+    most = SCHEDULERS[scheduler].max_steps or MAX_NUM_INFERENCE_STEPS
+    strength, steps = _at_least_one_step(strength, steps, most)
+    hires = _hires(request, mode, spec, (width, height), steps, most)
     drawn = (hires.width, hires.height) if hires else (width, height)
     return GenerationPlan(
         mode=mode,
@@ -276,12 +303,12 @@ def resolve(
         width=width,
         height=height,
         scheduler=scheduler,
-        schedule_type=_schedule_type(request.schedule_type, scheduler, steps),
+        schedule_type=schedule_type,
         num_inference_steps=steps,
         guidance_scale=spec.guidance_scale if guidance is None else guidance,
         strength=strength,
         repaint=_repaint(request) if mode in (Mode.INPAINT, Mode.OUTPAINT) else None,
-        refine=_refine(request, spec, steps),
+        refine=_refine(request, spec, steps, most),
         weights=weights,
         tokens=Tokens(request.hf_api_token or None, request.civitai_api_token or None),
         hires=hires,
@@ -301,6 +328,7 @@ def resolve(
 def _check(request: GenerationRequest) -> None:
     """The rules that concern one value each."""
     _one_of("scheduler", request.scheduler, list(SCHEDULERS))
+    _one_of("aspect_ratio", request.aspect_ratio, list(AspectRatio))
     _one_of("schedule_type", request.schedule_type, list(ScheduleType))
     _one_of("masked_content", request.masked_content, list(MaskedContent))
     _one_of("inpaint_area", request.inpaint_area, list(InpaintArea))
@@ -338,12 +366,13 @@ def _within(name: str, value: float | None, low: float, high: float) -> None:
         raise InvalidRequest(f"{name} is {value}; it must be from {low} to {high}")
 
 
-def _at_least_one_step(strength: float, steps: int) -> tuple[float, int]:
+def _at_least_one_step(strength: float, steps: int, most: int) -> tuple[float, int]:
     """(strength, steps) so that int(strength x steps), diffusers' count of steps, is not zero.
 
-    The strength is what was asked; the schedule gets finer until one of its steps fits in.
+    The strength is what was asked; the schedule gets finer until one of its steps fits in, up to
+    as many steps as it may have.
     """
-    strength = max(strength, 1 / MAX_NUM_INFERENCE_STEPS)
+    strength = max(strength, 1 / most)
     while int(steps * strength) < 1:
         steps += 1
     return strength, steps
@@ -402,7 +431,9 @@ def _repaint(request: GenerationRequest) -> RepaintPlan:
     )
 
 
-def _refine(request: GenerationRequest, spec: BaseModelSpec, steps: int) -> RefinePlan | None:
+def _refine(
+    request: GenerationRequest, spec: BaseModelSpec, steps: int, most: int
+) -> RefinePlan | None:
     style = Refine(request.refine)
     if style is Refine.NO_REFINER:
         return None
@@ -411,8 +442,13 @@ def _refine(request: GenerationRequest, spec: BaseModelSpec, steps: int) -> Refi
             f"refine is {style}, but {spec.name} has no refiner; use refine={Refine.NO_REFINER}"
         )
     steps = steps if request.refine_steps is None else request.refine_steps
+    if steps > most:
+        raise InvalidRequest(
+            f"refine_steps is {steps}, and the scheduler has at most {most}; use fewer, or another"
+            " scheduler"
+        )
     if style is Refine.BASE_IMAGE:
-        _, steps = _at_least_one_step(BASE_IMAGE_STRENGTH, steps)
+        _, steps = _at_least_one_step(BASE_IMAGE_STRENGTH, steps, most)
     return RefinePlan(style, request.high_noise_frac, steps)
 
 
@@ -420,8 +456,9 @@ def _hires(
     request: GenerationRequest,
     mode: Mode,
     spec: BaseModelSpec,
-    steps: int,
     size: tuple[int, int],
+    steps: int,
+    most: int,
 ) -> HiresPlan | None:
     factor = request.hires_fix
     if factor == 1:
@@ -433,14 +470,14 @@ def _hires(
             " stay; leave hires_fix at 1, and use upscale for a larger picture"
         )
     if width * height > spec.max_hires_pixels:
-        most = math.floor(100 * math.sqrt(spec.max_hires_pixels / (size[0] * size[1]))) / 100
+        largest = math.floor(100 * math.sqrt(spec.max_hires_pixels / (size[0] * size[1]))) / 100
         raise InvalidRequest(
             f"hires_fix is {factor:g}, which makes {width}x{height} of {size[0]}x{size[1]};"
             f" {spec.name} draws at most {spec.max_hires_pixels} pixels: use hires_fix up to"
-            f" {most:g}, and upscale for more"
+            f" {largest:g}, and upscale for more"
         )
     strength = spec.hires_strength if request.hires_strength is None else request.hires_strength
-    strength, steps = _at_least_one_step(strength, steps)
+    strength, steps = _at_least_one_step(strength, steps, most)
     return HiresPlan(width, height, strength, steps)
 
 
@@ -489,6 +526,19 @@ def _size(
 ) -> tuple[int, int]:
     """(width, height) of the pictures that come out."""
     width, height = request.width, request.height
+    if request.aspect_ratio is not None:
+        if width is not None or height is not None:
+            given = " and ".join(name for name in ("width", "height") if getattr(request, name))
+            raise InvalidRequest(
+                f"aspect_ratio={request.aspect_ratio} is given together with {given}; give one or"
+                " the other"
+            )
+        if mode is Mode.OUTPAINT:
+            raise InvalidRequest(
+                f"aspect_ratio={request.aspect_ratio} is given together with outpaint_*; the size"
+                " follows from the image and the margins, so leave it out"
+            )
+        return size_of_ratio(AspectRatio(request.aspect_ratio), spec)
     if mode is Mode.OUTPAINT:
         if width is not None or height is not None:
             raise InvalidRequest(
@@ -545,6 +595,13 @@ def _valid_size(width: int, height: int, spec: BaseModelSpec) -> tuple[int, int]
         f"and the area at most {spec.max_pixels} pixels; the nearest valid size is "
         f"width={nearest[0]} height={nearest[1]}"
     )
+
+
+def size_of_ratio(ratio: AspectRatio, spec: BaseModelSpec) -> tuple[int, int]:
+    """The model's (width, height) in pixels for the ratio, at the area it was trained at."""
+    scale = spec.native_size / 1024
+    width, height = _SIZES[ratio]
+    return nearest_valid_size(width * scale, height * scale, spec)
 
 
 def size_of_aspect(width: float, height: float, spec: BaseModelSpec) -> tuple[int, int]:

@@ -9,6 +9,7 @@ REQUEST = GenerationRequest(
     mask=None,
     width=None,
     height=None,
+    aspect_ratio=None,
     num_outputs=1,
     scheduler=None,
     schedule_type="automatic",

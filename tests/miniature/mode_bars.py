@@ -23,7 +23,7 @@ from generation import canvas
 from generation.base_models import MINIATURE_SDXL
 from generation.engine import Engine
 from generation.request import InpaintArea, Margins
-from generation.schedulers import SCHEDULERS
+from tests.miniature.stock import DISTINCT
 from tests.requests import REQUEST
 from weights.catalog import Edition
 from weights.miniature.world import (
@@ -198,7 +198,7 @@ def few_steps(bench: Bench) -> list[FewSteps]:
     ]
     try:
         for scheduler, steps, strength, mode in itertools.product(
-            SCHEDULERS, (1, 2, 3), (0.0, 0.01, 0.1, 0.5, 1.0), ("img2img", "inpaint")
+            DISTINCT, (1, 2, 3), (0.0, 0.01, 0.1, 0.5, 1.0), ("img2img", "inpaint")
         ):
             if mode == "inpaint" and steps > 1:
                 continue  # the schedule is the same one

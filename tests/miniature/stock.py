@@ -10,6 +10,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import save
 from torch import Tensor
 
+from generation.schedulers import SCHEDULERS
 from tests.trained_files import (
     WIDTH,
     cog_embeddings,
@@ -25,6 +26,11 @@ PROMPT = "a large red circle on a blue background"
 SEED = 5
 SETTINGS = {"num_inference_steps": 2, "guidance_scale": 4.0}
 SIZE = {"width": 64, "height": 64}
+
+# One name for each scheduler: some have two, cog-sdxl's and A1111's.
+DISTINCT = list(
+    {(spec.class_name, *spec.overrides.items()): name for name, spec in SCHEDULERS.items()}.values()
+)
 
 
 @dataclass(frozen=True)

@@ -167,3 +167,7 @@ def test_what_is_refused(make):
         make(schedule_type="beta")
     with pytest.raises(InvalidRequest, match="num_inference_steps is 51, and scheduler LCM has at"):
         make(scheduler="LCM", num_inference_steps=51)
+    with pytest.raises(
+        InvalidRequest, match="refine_steps is 51, and the scheduler has at most 50"
+    ):
+        make(scheduler="LCM", refine="base_image_refiner", refine_steps=51)

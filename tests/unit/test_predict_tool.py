@@ -90,7 +90,7 @@ def test_the_last_of_repeated_flags_counts():
         ("seed=-1", "seed: -1 is less than the minimum of 0"),
         ("num_outputs=99", "num_outputs: 99 is greater than the maximum of 4"),
         ('guidance_scale="7"', "guidance_scale: '7' is not of type 'number'"),
-        ("scheduler=Euler", "scheduler: 'Euler' is not one of ['DDIM', "),
+        ("scheduler=Euler b", "scheduler: 'Euler b' is not one of ['DDIM', "),
     ],
 )
 def test_what_the_server_would_refuse_is_refused_by_name(flag, message):

@@ -15,6 +15,7 @@ from generation.errors import InvalidRequest
 from generation.request import (
     MAX_NUM_INFERENCE_STEPS,
     SIDE_MULTIPLE,
+    AspectRatio,
     GenerationRequest,
     Margins,
     Mode,
@@ -23,6 +24,7 @@ from generation.request import (
     nearest_valid_size,
     resolve,
     resolve_mode,
+    size_of_ratio,
 )
 from generation.schedulers import SCHEDULERS
 from preprocess.images import MAX_IMAGE_PIXELS
@@ -237,6 +239,38 @@ def test_the_floats_are_all_there():
 
 
 # Sizes
+
+
+@pytest.mark.parametrize("ratio", AspectRatio)
+@pytest.mark.parametrize("spec", [SDXL, MINIATURE_SDXL])
+def test_an_aspect_ratio_is_a_size_of_the_models_own(ratio, spec):
+    across, down = (int(side) for side in ratio.split(":"))
+    for asked in (REQUEST, IMG2IMG, INPAINT):
+        plan = resolve(replace(asked, aspect_ratio=ratio), spec, (640, 480))
+        assert plan.width / plan.height == pytest.approx(across / down, rel=0.05)
+        assert plan.width * plan.height == pytest.approx(spec.native_size**2, rel=0.04)
+        assert nearest_valid_size(plan.width, plan.height, spec) == (plan.width, plan.height)
+
+
+def test_sdxls_sizes_are_those_it_was_trained_at():
+    found = {r: size_of_ratio(r, SDXL) for r in ("1:1", "3:2", "4:3", "16:9", "9:16")}
+    assert found == {
+        "1:1": (1024, 1024),
+        "3:2": (1216, 832),
+        "4:3": (1152, 896),
+        "16:9": (1344, 768),
+        "9:16": (768, 1344),
+    }
+
+
+def test_an_aspect_ratio_stands_alone():
+    both = replace(REQUEST, aspect_ratio="3:2", height=512)
+    assert "aspect_ratio=3:2 is given together with height; give" in refusal(both, None)
+    outpaint = replace(IMG2IMG, aspect_ratio="3:2", outpaint=Margins(8, 0, 0, 0))
+    assert "aspect_ratio=3:2 is given together with outpaint_*" in refusal(outpaint, (64, 64))
+    assert "aspect_ratio '5:4' is not known; choose one of 1:1," in refusal(
+        replace(REQUEST, aspect_ratio="5:4"), None
+    )
 
 
 @pytest.mark.parametrize("spec", [SDXL, MINIATURE_SDXL])
