@@ -153,7 +153,12 @@ def _set_up_random(predictor: Predictor) -> None:
     """The full edition on the GPU, as setup leaves it, with random weights."""
     import torch
 
-    from generation.base_models import BaseModelSpec, RefinerSpec
+    from generation.base_models import (
+        BASE_MODELS,
+        DEFAULT_BASE_MODEL,
+        BaseModelSpec,
+        RefinerSpec,
+    )
     from generation.engine import Engine
     from generation.outputs import OutputFolders
     from generation.pipelines import LoadedModel, PipelineStore
@@ -183,7 +188,7 @@ def _set_up_random(predictor: Predictor) -> None:
 
     predictor.folders = OutputFolders()
     predictor.engine = Engine(Edition.FULL, "cuda", RandomStore(Edition.FULL, device, dtype))
-    predictor.engine.load()
+    predictor.engine._store.load(BASE_MODELS[Edition.FULL][DEFAULT_BASE_MODEL])  # and no checker
 
 
 def measure(
