@@ -67,7 +67,7 @@ POOL: dict[str, dict[str, object]] = {
 }
 INVALID: dict[str, dict[str, object]] = {
     "size": {"width": 3},
-    "scheduler": {"scheduler": "Euler"},
+    "scheduler": {"scheduler": "Euler b"},
     "strength": {"image": "image", "prompt_strength": 1.5},
     "no image": {"mask": "mask"},
     "other aspect": {"image": "wide", "mask": "mask"},
