@@ -239,7 +239,7 @@ class Predictor(BasePredictor):
         ),
         upscaler: str = Input(
             default="SwinIR",
-            description="Model that enlarges for upscale and hires_fix; Real-ESRGAN is faster",
+            description="Model that enlarges pictures, for upscale and hires_fix",
             choices=UPSCALER_CHOICES,
         ),
         disable_safety_checker: bool = Input(
