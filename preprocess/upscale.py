@@ -3,12 +3,13 @@
 arXiv:2108.10257 and arXiv:2107.10833; both published models learnt on photos in bad condition.
 
 A large picture goes through the model in tiles that overlap and are blended, so that memory is
-bounded: with the real SwinIR a tile takes about 1.1 GB (4.3 GB were published for 512x512 in one
-piece, and it grows with the area). On the host, the result of 4096x4096 takes 200 MB in float32 and
-50 MB more as a picture. What is padded is cut off again; cog-sdxl's Swin2SR leaves a mirrored strip
+bounded: from 1024x1024 to 4096x4096 the real SwinIR took 1.3 GB more on a CPU (docs/benchmarks.md;
+4.3 GB were published for 512x512 in one piece, and it grows with the area). Of that, the result
+takes 200 MB in float32 and 50 MB as a picture. What is padded is cut off again; cog-sdxl's Swin2SR leaves a mirrored strip
 at the right and the bottom.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -113,9 +114,13 @@ def enlarge(pixels: Array, run: Run, tile: int, overlap: int) -> Array:
 
 
 def _tiles(side: int, tile: int, overlap: int) -> list[tuple[int, Array]]:
-    """Each tile's first pixel, and its weight at every pixel that comes out, along one axis."""
-    length = min(side, tile)
-    starts = [*range(0, side - length, tile - overlap), side - length]
+    """Each tile's first pixel, and its weight at every pixel that comes out, along one axis.
+
+    As few tiles as go, all of one length: full ones would cover much of the last one's part twice.
+    """
+    count = max(1, math.ceil((side - overlap) / (tile - overlap)))
+    length = math.ceil((side + (count - 1) * overlap) / count / WINDOW) * WINDOW
+    starts = [min(k * (length - overlap), side - length) for k in range(count)]
     inside = (np.arange(FACTOR * length) + 0.5) / FACTOR  # pixels from the tile's edge
     rise = ((inside - overlap / 4) / (overlap / 2)).clip(0, 1).astype(np.float32)
     total = np.zeros(FACTOR * side, np.float32)
