@@ -5,8 +5,8 @@ arXiv:2108.10257 and arXiv:2107.10833; both published models learnt on photos in
 A large picture goes through the model in tiles that overlap and are blended, so that memory is
 bounded: from 1024x1024 to 4096x4096 the real SwinIR took 1.3 GB more on a CPU (docs/benchmarks.md;
 4.3 GB were published for 512x512 in one piece, and it grows with the area). Of that, the result
-takes 200 MB in float32 and 50 MB as a picture. What is padded is cut off again; cog-sdxl's Swin2SR leaves a mirrored strip
-at the right and the bottom.
+takes 200 MB in float32 and 50 MB as a picture. What is padded is cut off again; cog-sdxl's Swin2SR
+leaves a mirrored strip at the right and the bottom.
 """
 
 import math
