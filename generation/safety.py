@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import torch
 
 from weights import cache
@@ -59,8 +60,6 @@ class SafetyChecker:
     @torch.inference_mode()
     def flagged(self, pictures: Sequence[Image.Image]) -> list[bool]:
         """The checker's opinion alone."""
-        import numpy as np
-
         if not pictures:
             return []
         pixels = self._prepare(list(pictures), return_tensors="pt").pixel_values

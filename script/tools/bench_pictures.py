@@ -150,15 +150,10 @@ class Stock:
 
 
 def _set_up_random(predictor: Predictor) -> None:
-    """The full edition on the GPU, as setup leaves it, with random weights."""
+    """The full edition on the GPU with random weights, which the first use makes."""
     import torch
 
-    from generation.base_models import (
-        BASE_MODELS,
-        DEFAULT_BASE_MODEL,
-        BaseModelSpec,
-        RefinerSpec,
-    )
+    from generation.base_models import BaseModelSpec, RefinerSpec
     from generation.engine import Engine
     from generation.outputs import OutputFolders
     from generation.pipelines import LoadedModel, PipelineStore
@@ -188,7 +183,6 @@ def _set_up_random(predictor: Predictor) -> None:
 
     predictor.folders = OutputFolders()
     predictor.engine = Engine(Edition.FULL, "cuda", RandomStore(Edition.FULL, device, dtype))
-    predictor.engine._store.load(BASE_MODELS[Edition.FULL][DEFAULT_BASE_MODEL])  # and no checker
 
 
 def measure(

@@ -5,6 +5,7 @@ from base64 import b64encode
 from dataclasses import dataclass
 from urllib.parse import quote
 
+import diffusers
 import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import save
@@ -31,6 +32,37 @@ SIZE = {"width": 64, "height": 64}
 DISTINCT = list(
     {(spec.class_name, *spec.overrides.items()): name for name, spec in SCHEDULERS.items()}.values()
 )
+
+# What a diffusers user would write, stated again: class, then arguments of from_config.
+STOCK = {
+    "DDIM": (diffusers.DDIMScheduler, {}),
+    "DPMSolverMultistep": (diffusers.DPMSolverMultistepScheduler, {}),
+    "HeunDiscrete": (diffusers.HeunDiscreteScheduler, {}),
+    "KarrasDPM": (diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "K_EULER_ANCESTRAL": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "K_EULER": (diffusers.EulerDiscreteScheduler, {}),
+    "PNDM": (diffusers.PNDMScheduler, {}),
+    "Euler": (diffusers.EulerDiscreteScheduler, {}),
+    "Euler a": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "Heun": (diffusers.HeunDiscreteScheduler, {}),
+    "LMS": (diffusers.LMSDiscreteScheduler, {}),
+    "DPM2": (diffusers.KDPM2DiscreteScheduler, {}),
+    "DPM2 a": (diffusers.KDPM2AncestralDiscreteScheduler, {}),
+    "DPM++ 2M": (diffusers.DPMSolverMultistepScheduler, {}),
+    "DPM++ 2M SDE": (
+        diffusers.DPMSolverMultistepScheduler,
+        {"algorithm_type": "sde-dpmsolver++"},
+    ),
+    "DPM++ SDE": (diffusers.DPMSolverSDEScheduler, {"noise_sampler_seed": [5]}),
+    "DPM++ 2S a": (
+        diffusers.DPMSolverSinglestepScheduler,
+        {"algorithm_type": "sde-dpmsolver++"},
+    ),
+    "UniPC": (diffusers.UniPCMultistepScheduler, {}),
+    "DEIS": (diffusers.DEISMultistepScheduler, {}),
+    "LCM": (diffusers.LCMScheduler, {}),
+    "TCD": (diffusers.TCDScheduler, {}),
+}
 
 
 @dataclass(frozen=True)

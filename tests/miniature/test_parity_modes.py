@@ -10,7 +10,8 @@ import generation.painter
 from generation.base_models import MINIATURE_SDXL
 from generation.canvas import Repaint
 from generation.request import BASE_IMAGE_STRENGTH
-from tests.miniature.test_parity import STOCK
+from tests.miniature.stock import STOCK
+from tests.miniature.test_parity import COG_SDXLS
 from weights import cache
 from weights.catalog import Edition
 from weights.miniature.evaluate import FOLDER as WEIGHTS
@@ -119,7 +120,7 @@ def same(ours: torch.Tensor, stock: torch.Tensor) -> bool:
 # Image to image
 
 
-@pytest.mark.parametrize("scheduler", STOCK)
+@pytest.mark.parametrize("scheduler", COG_SDXLS)
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 def test_image_to_image(image2image, ours, folder, scheduler, strength):
     path = folder / "image.png"
@@ -156,7 +157,7 @@ def looks(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("scheduler", STOCK)
+@pytest.mark.parametrize("scheduler", COG_SDXLS)
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 def test_inpainting(inpainting, ours, looks, folder, scheduler, strength):
     image, mask = folder / "image.png", folder / "mask.png"
@@ -205,7 +206,7 @@ def test_inpainting_of_two_is_stock_inpainting_of_each(inpainting, ours, folder)
 # The refiner: diffusers' own recipes, both pipelines drawing from the same generators
 
 
-@pytest.mark.parametrize("scheduler", STOCK)
+@pytest.mark.parametrize("scheduler", COG_SDXLS)
 @pytest.mark.parametrize("count", [1, 2])
 def test_expert_ensemble_after_text(base, refiner, ours, scheduler, count):
     generators = seeds(count)
@@ -215,7 +216,7 @@ def test_expert_ensemble_after_text(base, refiner, ours, scheduler, count):
     assert same(made, stock)
 
 
-@pytest.mark.parametrize("scheduler", STOCK)
+@pytest.mark.parametrize("scheduler", COG_SDXLS)
 def test_base_image_after_text(base, refiner, ours, scheduler):
     generators = seeds(2)
     latents = run(base, scheduler, generators, width=128, height=128)
@@ -225,7 +226,7 @@ def test_base_image_after_text(base, refiner, ours, scheduler):
     assert same(made, stock)
 
 
-@pytest.mark.parametrize("scheduler", STOCK)
+@pytest.mark.parametrize("scheduler", COG_SDXLS)
 def test_expert_ensemble_after_an_image(image2image, refiner, ours, folder, scheduler):
     path, generators = folder / "image.png", seeds()
     settings = {"strength": 0.6, "num_inference_steps": 10, "guidance_scale": 1.0}

@@ -10,6 +10,7 @@ import torch
 from generation.errors import InvalidRequest
 from generation.schedulers import SCHEDULERS, ScheduleType, a1111_name, build_scheduler
 from generation.sde import SeededSDEScheduler
+from tests.miniature.stock import STOCK
 from weights.miniature.evaluate import FOLDER, load_pipeline
 from weights.miniature.world import Expectation, judge
 
@@ -17,36 +18,6 @@ CONFIG = json.loads((FOLDER / "scheduler" / "scheduler_config.json").read_text(e
 AUTOMATIC, KARRAS = ScheduleType.AUTOMATIC, ScheduleType.KARRAS
 EVERY = [(name, kind) for name, spec in SCHEDULERS.items() for kind in spec.schedule_types]
 ASKED = {"prompt": "a large red circle on a blue background", "seed": 5}
-# What a diffusers user would write, stated again: class, then arguments of from_config.
-STOCK = {
-    "DDIM": (diffusers.DDIMScheduler, {}),
-    "DPMSolverMultistep": (diffusers.DPMSolverMultistepScheduler, {}),
-    "HeunDiscrete": (diffusers.HeunDiscreteScheduler, {}),
-    "KarrasDPM": (diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
-    "K_EULER_ANCESTRAL": (diffusers.EulerAncestralDiscreteScheduler, {}),
-    "K_EULER": (diffusers.EulerDiscreteScheduler, {}),
-    "PNDM": (diffusers.PNDMScheduler, {}),
-    "Euler": (diffusers.EulerDiscreteScheduler, {}),
-    "Euler a": (diffusers.EulerAncestralDiscreteScheduler, {}),
-    "Heun": (diffusers.HeunDiscreteScheduler, {}),
-    "LMS": (diffusers.LMSDiscreteScheduler, {}),
-    "DPM2": (diffusers.KDPM2DiscreteScheduler, {}),
-    "DPM2 a": (diffusers.KDPM2AncestralDiscreteScheduler, {}),
-    "DPM++ 2M": (diffusers.DPMSolverMultistepScheduler, {}),
-    "DPM++ 2M SDE": (
-        diffusers.DPMSolverMultistepScheduler,
-        {"algorithm_type": "sde-dpmsolver++"},
-    ),
-    "DPM++ SDE": (diffusers.DPMSolverSDEScheduler, {"noise_sampler_seed": [5]}),
-    "DPM++ 2S a": (
-        diffusers.DPMSolverSinglestepScheduler,
-        {"algorithm_type": "sde-dpmsolver++"},
-    ),
-    "UniPC": (diffusers.UniPCMultistepScheduler, {}),
-    "DEIS": (diffusers.DEISMultistepScheduler, {}),
-    "LCM": (diffusers.LCMScheduler, {}),
-    "TCD": (diffusers.TCDScheduler, {}),
-}
 SPACED = {
     "automatic": {},
     "karras": {"use_karras_sigmas": True},
