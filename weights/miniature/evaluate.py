@@ -40,8 +40,13 @@ def load_pipeline(folder: Path) -> StableDiffusionXLPipeline:
     return pipeline
 
 
-def judge_captions(pipeline: DiffusionPipeline, captions: list[HeldOutCaption]) -> list[Row]:
-    """One picture per caption: K_EULER, 20 steps, guidance 7.5, the caption's index as its seed."""
+def judge_captions(
+    pipeline: DiffusionPipeline,
+    captions: list[HeldOutCaption],
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+) -> list[Row]:
+    """One picture per caption by the pipeline's own sampler, the caption's index as its seed."""
     rows: list[Row] = []
     for start in range(0, len(captions), 8):
         batch = captions[start : start + 8]
@@ -49,8 +54,8 @@ def judge_captions(pipeline: DiffusionPipeline, captions: list[HeldOutCaption]) 
         pictures = pipeline(
             [c.text for c in batch],
             negative_prompt=[""] * len(batch),
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
             generator=generators,
         ).images
         rows += [row_of(c, picture) for c, picture in zip(batch, pictures, strict=True)]

@@ -9,6 +9,7 @@ weights. About an hour on two CPU cores, minutes on a GPU. `--start-from` contin
 import argparse
 import copy
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -87,6 +88,23 @@ class FitRecipe(Protocol):
     def checkpoint_every(self) -> int: ...
 
 
+class CaptionedRecipe(Protocol):
+    """What drawing captioned pictures reads of a recipe."""
+
+    @property
+    def batch(self) -> int: ...
+    @property
+    def pictures(self) -> int: ...
+    @property
+    def empty_captions(self) -> float: ...
+    @property
+    def empty_captions_without_noise(self) -> float: ...
+    @property
+    def zeroed_captions(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+
+
 class TextToNoise(nn.Module):
     """UNet and text encoders as one module: captions and noisy latents to predicted noise."""
 
@@ -135,7 +153,7 @@ class Batch:
 
 
 @torch.no_grad()
-def cache_latents(vae: AutoencoderKL, recipe: UnetRecipe, draw: Draw) -> list[Bucket]:
+def cache_latents(vae: AutoencoderKL, recipe: CaptionedRecipe, draw: Draw) -> list[Bucket]:
     rng = np.random.default_rng(recipe.seed + 1)
     buckets = []
     for size, share in BUCKETS:
@@ -160,7 +178,7 @@ def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 
 
 def draw_batches(
-    buckets: list[Bucket], recipe: UnetRecipe, rng: np.random.Generator
+    buckets: list[Bucket], recipe: CaptionedRecipe, rng: np.random.Generator
 ) -> Iterator[Batch]:
     """Endless batches, each caption worded anew."""
     shares = [share for _, share in BUCKETS]
@@ -176,7 +194,7 @@ def draw_batches(
 
 
 def drop_captions(
-    texts: list[str], timesteps: Tensor, recipe: UnetRecipe, rng: np.random.Generator
+    texts: list[str], timesteps: Tensor, recipe: CaptionedRecipe, rng: np.random.Generator
 ) -> list[str]:
     """Replace captions by "", the less noise the more.
 
@@ -214,34 +232,46 @@ def fit(
     recipe: FitRecipe,
     loss_of: Callable[[Model], Tensor],
     checkpoint: Callable[[Model], None],
+    seconds: float = math.inf,
 ) -> Model:
     """Train in place on `loss_of`, which draws its own batch, and return the averaged copy.
 
-    The copy also goes to `checkpoint` every so often.
+    It ends after the recipe's steps or after `seconds`, whichever are over first. The copy also
+    goes to `checkpoint` every so often.
     """
     model.train()
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.learning_rate, total_steps=recipe.steps, pct_start=0.08
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        learning, lr=recipe.learning_rate, betas=(0.9, 0.99), fused=learning[0].is_cuda
     )
-    recent, started = [], time.monotonic()
-    for step in range(1, recipe.steps + 1):
+    recent, started, step, done = [], time.monotonic(), 0, 0.0
+    while done < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * one_cycle(done)
+        step += 1
         loss = loss_of(model)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
-        schedule.step()
         _update_average(average, model, min(recipe.ema_decay, step / (step + 20)))
-        recent.append(loss.detach())
+        recent.append(loss.detach().clone())
         if step % 100 == 0:
             mean = torch.stack(recent).mean().item()
             print(f"step {step} loss {mean:.4f} {time.monotonic() - started:.0f} s", flush=True)
             recent = []
-        if step % recipe.checkpoint_every == 0 or step == recipe.steps:
+        done = max(step / recipe.steps, (time.monotonic() - started) / seconds)
+        if step % recipe.checkpoint_every == 0 or done >= 1:
             checkpoint(average)
     return average
+
+
+def one_cycle(done: float, rise: float = 0.08) -> float:
+    """The share of the highest learning rate after a share of the steps (arXiv:1708.07120)."""
+    if done < rise:
+        return 0.04 + 0.96 * (1 - math.cos(math.pi * done / rise)) / 2
+    return (1 + math.cos(math.pi * (done - rise) / (1 - rise))) / 2
 
 
 def train(model: TextToNoise, out: Path, recipe: UnetRecipe, device: torch.device) -> TextToNoise:
