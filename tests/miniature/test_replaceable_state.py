@@ -56,7 +56,7 @@ from weights.miniature.world import place, render
 web = fake_web.web
 certificate = fake_web.certificate
 
-DEFAULT_SEQUENCES = 200
+DEFAULT_SEQUENCES = 80
 SHELF_BYTES = 8_000_000  # less than all of FILES: some are read again and again
 MODULES = {module.__name__: module for module in (adapters, replaceable, engine)}
 FUNCTIONS = {name: functions_of(module) for name, module in MODULES.items()}
@@ -148,10 +148,8 @@ def subjects(folder, fresh) -> dict[bool, Subject]:
 
 def _subject(folder: Path, operators: bool) -> Subject:
     made = Engine(Edition.MINIATURE, "cpu")
-    made.load()
+    made.load(str(folder / FILES[OPERATORS][0]) if operators else None)
     storages = _storages(made)
-    if operators:
-        made.load(str(folder / FILES[OPERATORS][0]))
     known = json.loads((folder / f"fingerprint {operators}.json").read_text())
     return Subject(made, operators, storages, known)
 
