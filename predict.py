@@ -14,6 +14,17 @@ from generation.errors import InvalidRequest
 from generation.outputs import OutputFolders
 from generation.request import GenerationRequest, Margins
 
+# script/sync: generation.base_models.NAMES
+MODEL_CHOICES = [
+    "sdxl",
+    "sdxl-turbo",
+    "sdxl-lcm",
+    "sd15",
+    "sd15-lcm",
+    "lcm-dreamshaper",
+    "sd21",
+    "sd-turbo",
+]
 # script/sync: generation.request.AspectRatio
 ASPECT_RATIO_CHOICES = ["1:1", "3:2", "2:3", "4:3", "3:4", "16:9", "9:16"]
 # script/sync: generation.schedulers.SCHEDULERS
@@ -64,14 +75,21 @@ class Predictor(BasePredictor):
         `weights` is COG_WEIGHTS, a path or an address as plain text whatever the annotation says.
         """
         try:
+            from generation.base_models import DEFAULT_BASE_MODEL, NAMES
             from generation.engine import Engine
-            from weights.edition import resolve_device, resolve_edition
+            from weights.edition import (
+                model_budget,
+                requested_models,
+                resolve_device,
+                resolve_edition,
+            )
 
             device = resolve_device()
             edition = resolve_edition(cuda_available=device == "cuda")
+            model, preload = requested_models(NAMES, DEFAULT_BASE_MODEL)
             self.folders = OutputFolders()
-            self.engine = Engine(edition, device)
-            self.engine.load(str(weights) if weights else None)
+            self.engine = Engine(edition, device, model=model, budget=model_budget(device))
+            self.engine.load(str(weights) if weights else None, preload)
         except Exception:
             traceback.print_exc()  # Cog's server reports the message alone, and having heard it
             time.sleep(1)  # drops the lines that are still on their way to its log
@@ -81,6 +99,11 @@ class Predictor(BasePredictor):
         self,
         prompt: str = Input(
             default="An astronaut riding a rainbow unicorn", description="What the picture shows"
+        ),
+        model: Optional[str] = Input(
+            default=None,
+            description="Which model draws; empty for the container's own, sdxl",
+            choices=MODEL_CHOICES,
         ),
         negative_prompt: str = Input(
             default="", description="What the picture must not show; works with guidance only"
@@ -112,9 +135,9 @@ class Predictor(BasePredictor):
         ),
         num_outputs: int = Input(
             default=1,
-            description="Number of pictures; picture k has the seed of the first plus k",
+            description="Number of pictures, up to 4, or 16 with Turbo and LCM; seeds count up",
             ge=1,
-            le=4,
+            le=16,
         ),
         scheduler: Optional[str] = Input(
             default=None,
@@ -137,6 +160,12 @@ class Predictor(BasePredictor):
             description="How closely to follow the prompt; up to 1 skips the guidance pass",
             ge=0,
             le=50,
+        ),
+        clip_skip: int = Input(
+            default=1,
+            description="Which of the text encoder's last layers is read; sdxl and its kin: 1 only",
+            ge=1,
+            le=22,
         ),
         prompt_strength: float = Input(
             default=0.8,
@@ -278,6 +307,7 @@ class Predictor(BasePredictor):
         """Make pictures from a prompt, or from a picture and a prompt."""
         request = GenerationRequest(
             prompt=prompt,
+            model=model,
             negative_prompt=negative_prompt,
             image=_file("image", image),
             mask=_file("mask", mask),
@@ -289,6 +319,7 @@ class Predictor(BasePredictor):
             schedule_type=schedule_type,
             num_inference_steps=_whole(num_inference_steps),
             guidance_scale=guidance_scale,
+            clip_skip=int(clip_skip),
             prompt_strength=prompt_strength,
             mask_from_alpha=mask_from_alpha,
             mask_invert=mask_invert,

@@ -114,6 +114,11 @@ class AdapterSlot:
             if not kept and self._turn is turn:
                 self._become(())
 
+    def settle(self) -> None:
+        """Take back what a cancelled request has left half done."""
+        if self._merged is None:
+            self._become(())
+
     def replace_base(self, parameters: Mapping[str, Tensor]) -> None:
         """New values for the model's own parameters, for good."""
         self._become(())
@@ -154,8 +159,11 @@ class AdapterSlot:
             return {}
         tokens = tuple(token for v in vectors for token in v.placeholder_tokens)
         for part in _TOKENIZERS:
-            self._append_rows(part, vectors)
-        if all(w.pooling is Pooling.EOS for w in trained if w.embeddings):
+            if self._parts.get(part) is not None:
+                self._append_rows(part, vectors)
+        if self._parts.get("text_encoder_2") is not None and all(
+            w.pooling is Pooling.EOS for w in trained if w.embeddings
+        ):
             self._pool_at_the_end()
         return {_TOKENIZERS[part]: self._tokenizer(part, tokens) for part in self._embeddings}
 

@@ -7,23 +7,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 
 from generation import canvas, noise, outputs, parameters, prompts
 from generation.adapters import Adapter, text_state
 from generation.base_models import BASE_MODELS, DEFAULT_BASE_MODEL, BaseModelSpec
-from generation.errors import OutOfDeviceMemory
+from generation.errors import InvalidRequest, OutOfDeviceMemory
 from generation.finish import Finisher
 from generation.painter import Studio
-from generation.pipelines import PipelineStore
+from generation.pipelines import LoadedModel, PipelineStore
 from generation.replaceable import ReplaceableWeights, replace_all_trigger_words
 from generation.request import GenerationPlan, GenerationRequest, resolve, resolve_mode
 from generation.stages import Stages
 from preprocess.images import read_image, read_mask
+from weights import cache
 from weights.catalog import Edition
 from weights.edition import Device
-from weights.references import Tokens, parse_operator_source
+from weights.references import Source, Tokens, parse_operator_source
 
 
 @dataclass(frozen=True)
@@ -40,36 +42,77 @@ class Engine:
     """Makes pictures with the models of one edition on one device. One request at a time."""
 
     def __init__(
-        self, edition: Edition, device: Device, store: PipelineStore | None = None
+        self,
+        edition: Edition,
+        device: Device,
+        store: PipelineStore | None = None,
+        *,
+        model: str = DEFAULT_BASE_MODEL,
+        budget: int | None = None,
     ) -> None:
+        """`model` is that of requests that name none; `budget` see `PipelineStore`."""
         self.device = torch.device(device)
         # fp16 holds more of the published weights' precision than bf16 at the same speed; CPUs are
         # faster in fp32 than in either.
         self.dtype = torch.float32 if device == "cpu" else torch.float16
+        self._edition = edition
         self._models = BASE_MODELS[edition]
-        self._store = store or PipelineStore(edition, self.device, self.dtype)
-        self._replaceable: dict[str, ReplaceableWeights] = {}  # by base model
+        self._default = model
+        self._store = store or PipelineStore(edition, self.device, self.dtype, budget)
+        # Of the models in memory.
+        self._replaceable: WeakKeyDictionary[LoadedModel, ReplaceableWeights] = WeakKeyDictionary()
+        # For the default model, and those that are made of the same weights.
+        self._operators: tuple[Source, Tokens] | None = None
         self._texts = prompts.EmbeddingCache()
         self._finisher = Finisher(edition, device, self.dtype)
 
     @torch.inference_mode()
-    def load(self, weights: str | None = None) -> None:
-        """Load the default model and the safety checker ahead of the first request.
+    def load(self, weights: str | None = None, models: Sequence[str] = ()) -> None:
+        """Load models (by default the default one) and the safety checker before any request.
 
         Also the operator's `weights` into the model: a path or anything that a request may name;
         HF_TOKEN and CIVITAI_API_TOKEN are used for them. Raises a WeightsError.
         """
         source = parse_operator_source(weights) if weights else None
-        replaceable = self._load(self._models[DEFAULT_BASE_MODEL])
-        self._finisher.load_safety_checker()
         if source is not None:
             hub, civitai = (os.environ.get(f"{n}_TOKEN") for n in ("HF", "CIVITAI_API"))
-            replaceable.set_up(source, Tokens(hub or None, civitai or None))
+            self._operators = source, Tokens(hub or None, civitai or None)
+            self._store.drop(self._spec(None))  # it may share modules, which are to be changed
+        for name in models or (self._default,):
+            spec = self._spec(name)
+            self._own(spec, self._load(spec))
+        self._finisher.load_safety_checker()
 
     def _load(self, spec: BaseModelSpec) -> ReplaceableWeights:
-        if spec.name not in self._replaceable:
-            self._replaceable[spec.name] = ReplaceableWeights(self._store.load(spec).parts)
-        return self._replaceable[spec.name]
+        # Models share modules: what was cancelled in another one's would be taken for pristine.
+        for others in self._replaceable.values():
+            others.settle()
+        weights = self._models[self._default].weights
+        operators = self._operators if spec.weights == weights else None
+        model = self._store.load(spec, alone=operators is not None)
+        if model not in self._replaceable:
+            replaceable = ReplaceableWeights(model.parts)
+            if operators is not None:
+                replaceable.set_up(*operators)
+            self._replaceable[model] = replaceable
+        return self._replaceable[model]
+
+    def _own(self, spec: BaseModelSpec, replaceable: ReplaceableWeights) -> list[Adapter]:
+        """The LoRA that is part of the model, if there is one."""
+        if spec.adapter is None:
+            return []
+        folder = cache.ensure(spec.adapter, self._edition)
+        (file,) = folder.glob("*.safetensors")
+        return [replaceable.own(spec.adapter, file)]
+
+    def _spec(self, name: str | None) -> BaseModelSpec:
+        if name is None:
+            return self._models[self._default]
+        if name not in self._models:
+            raise InvalidRequest(
+                f"model {name!r} is not known; choose one of {', '.join(self._models)}"
+            )
+        return self._models[name]
 
     @torch.inference_mode()
     def generate(self, request: GenerationRequest, folder: Path) -> GenerationResult:
@@ -82,7 +125,7 @@ class Engine:
             UnsafePictures: the safety check has left none.
             OutOfDeviceMemory: the models stay loaded and intact.
         """
-        spec = self._models[DEFAULT_BASE_MODEL]
+        spec = self._spec(request.model)
         resolve_mode(request)  # before images are read: whether they add up to something
         image = read_image(request.image, "image") if request.image else None
         mask = read_mask(request.mask, "mask") if request.mask else None
@@ -94,6 +137,7 @@ class Engine:
         stages = Stages(self.device)
         with stages.time("load"):
             replaceable = self._load(spec)
+            own_adapters = self._own(spec, replaceable)
             if plan.check_safety:
                 self._finisher.load_safety_checker()
         with stages.time("weights"):
@@ -101,9 +145,9 @@ class Engine:
         with (
             _explain_out_of_memory(plan),
             noise.drawn_in_fp32(),
-            stages.around("weights", replaceable.applied(adapters)) as own,
+            stages.around("weights", replaceable.applied(adapters, own_adapters)) as own,
         ):
-            texts = prompts.Texts(self._texts, (spec.name, text_state(adapters)))
+            texts = prompts.Texts(self._texts, (spec.weights, text_state(adapters)))
             studio = Studio(self._store, spec, own, texts, self._finisher, stages)
             pictures = studio.draw(_in_words(plan, adapters), source)
         with _explain_out_of_memory(plan):

@@ -66,6 +66,7 @@ def inpaint(
     return {
         **_base(plan, embeddings, generators, start),
         "image": start.latents,
+        "masked_image_latents": start.latents,  # not read, but made from pixels unless given
         "mask_image": mask,
         "strength": plan.strength,
         "width": width,
@@ -89,22 +90,29 @@ ARGUMENTS: dict[
 def _base(
     plan: GenerationPlan, embeddings: PromptEmbeddings, generators: Generators, start: Start
 ) -> dict[str, Any]:
-    return {
+    arguments = {
         **common_arguments(plan, embeddings, generators),
         "num_inference_steps": plan.num_inference_steps,
-        "denoising_end": start.denoising_end,
     }
+    if start.denoising_end is not None:
+        arguments["denoising_end"] = start.denoising_end
+    return arguments
 
 
 def common_arguments(
     plan: GenerationPlan, embeddings: PromptEmbeddings, generators: Generators
 ) -> dict[str, Any]:
     """What every pipeline is told, the refiner's too."""
+    pooled = {}
+    if embeddings.pooled_prompt_embeds is not None:
+        pooled = {
+            "pooled_prompt_embeds": embeddings.pooled_prompt_embeds,
+            "negative_pooled_prompt_embeds": embeddings.negative_pooled_prompt_embeds,
+        }
     return {
         "prompt_embeds": embeddings.prompt_embeds,
-        "pooled_prompt_embeds": embeddings.pooled_prompt_embeds,
         "negative_prompt_embeds": embeddings.negative_prompt_embeds,
-        "negative_pooled_prompt_embeds": embeddings.negative_pooled_prompt_embeds,
+        **pooled,
         "num_images_per_prompt": len(plan.seeds),
         "guidance_scale": plan.guidance_scale,
         "generator": generators,

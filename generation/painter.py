@@ -125,7 +125,7 @@ class _Painter:
         with stages.time("text"):
             embeddings = studio.texts.encode(pipeline, plan)
             refiner = _Refiner(second, studio.texts.encode(second, plan)) if second else None
-        end = refine.handover(plan, scheduler_of(plan, store.load(spec)))
+        end = refine.handover(plan, scheduler_of(spec, plan, store.load(spec)))
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in plan.seeds]
         return cls(spec, plan, stages, pipeline, embeddings, refiner, end, generators)
 

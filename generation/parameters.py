@@ -35,6 +35,8 @@ def describe(
         "Size": f"{plan.width}x{plan.height}",
         "Model": spec.name,
     }
+    if plan.clip_skip > 1:
+        settings["Clip skip"] = plan.clip_skip
     if plan.mode is not Mode.TXT2IMG:
         settings["Denoising strength"] = f"{plan.strength:g}"
     if plan.refine is not None and spec.refiner is not None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import torch
+from torch import nn
 
 from generation.base_models import BaseModelSpec, Family, RefinerSpec
 from generation.request import GenerationPlan, Mode
@@ -26,50 +30,122 @@ PIPELINE_CLASSES: dict[tuple[Family, Mode], str] = {
     (Family.SDXL, Mode.IMG2IMG): "StableDiffusionXLImg2ImgPipeline",
     (Family.SDXL, Mode.INPAINT): "StableDiffusionXLInpaintPipeline",
     (Family.SDXL, Mode.OUTPAINT): "StableDiffusionXLInpaintPipeline",
+    (Family.SD, Mode.TXT2IMG): "StableDiffusionPipeline",
+    (Family.SD, Mode.IMG2IMG): "StableDiffusionImg2ImgPipeline",
+    (Family.SD, Mode.INPAINT): "StableDiffusionInpaintPipeline",
+    (Family.SD, Mode.OUTPAINT): "StableDiffusionInpaintPipeline",
     # Whatever the request's mode: it goes on from latents, and generation/refine.py keeps the mask.
     (Family.SDXL_REFINER, Mode.IMG2IMG): "StableDiffusionXLImg2ImgPipeline",
 }
 
+# What the pipelines of a family are told beside their parts: safety and marking are ours.
+_SETTINGS: dict[Family, Mapping[str, object]] = {
+    Family.SDXL: {"add_watermarker": False},
+    Family.SD: {
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    },
+}
 
-@dataclass(frozen=True)
+_SHARED_PARTS = ("text_encoder", "text_encoder_2", "vae")
+
+
+@dataclass(frozen=True, eq=False)  # each is itself: what belongs to one ends with it
 class LoadedModel:
     """A model's shared parts, and the scheduler config exactly as it came."""
 
     parts: Mapping[str, object]  # component name → module, tokenizer or pipeline setting
     scheduler_config: Mapping[str, object]
 
+    def modules(self) -> list[nn.Module]:
+        """Those that hold values."""
+        return [part for part in self.parts.values() if isinstance(part, nn.Module)]
+
+
+def _bytes(models: Iterable[LoadedModel]) -> int:
+    """Of the values in all of them; what some share counts once."""
+    modules = {id(module): module for model in models for module in model.modules()}
+    return sum(
+        tensor.nbytes
+        for module in modules.values()
+        for tensor in (*module.parameters(), *module.buffers())
+    )
+
 
 class PipelineStore:
-    """Loads each base model once; hands out a new pipeline around the shared parts per request.
+    """Loads base models; hands out a new pipeline around the shared parts per request.
+
+    Models of the same weights are one; text encoders and VAEs of the same content are one module in
+    several of them. They stay as long as they fit into `budget` bytes together; those used last
+    stay longest. A model is read whole before another has to go, so one that cannot be read changes
+    nothing.
 
     A pipeline object keeps state of its call (guidance, scheduler, progress bar); making one takes
     about a millisecond, and a new one per request leaves nothing for the next request to inherit.
     """
 
-    def __init__(self, edition: Edition, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        edition: Edition,
+        device: torch.device,
+        dtype: torch.dtype,
+        budget: int | None = None,
+    ) -> None:
         self._edition = edition
         self._device = device
         self._dtype = dtype
-        self._loaded: dict[str, LoadedModel] = {}
+        self._budget = budget
+        self._loaded: OrderedDict[str, LoadedModel] = OrderedDict()  # used last: last
+        self._shared: WeakValueDictionary[Hashable, nn.Module] = WeakValueDictionary()
 
-    def load(self, spec: BaseModelSpec) -> LoadedModel:
-        """The model's parts on the device; read from disk (and fetched) on first use only."""
-        if spec.name not in self._loaded:
-            self._loaded[spec.name] = self._read(spec)
-        return self._loaded[spec.name]
+    def load(self, spec: BaseModelSpec, alone: bool = False) -> LoadedModel:
+        """The model's parts on the device; read from disk (and fetched) if they are not there.
+
+        `alone`: one that is read now shares nothing, because it will be changed for good.
+        """
+        return self._get(spec.weights, lambda: self._read(spec, alone))
+
+    def drop(self, spec: BaseModelSpec) -> None:
+        """Let go of the model: the next `load` reads it."""
+        self._loaded.pop(spec.weights, None)
 
     def load_refiner(self, spec: BaseModelSpec) -> LoadedModel:
         """The parts of the model's refiner: a UNet of its own, the rest is the model's."""
-        assert spec.refiner is not None
-        if spec.refiner.name not in self._loaded:
-            self._loaded[spec.refiner.name] = self._read_refiner(spec.refiner, self.load(spec))
-        return self._loaded[spec.refiner.name]
+        refiner, base = spec.refiner, self.load(spec)
+        assert refiner is not None
+        return self._get(refiner.weights, lambda: self._read_refiner(refiner, base), spec.weights)
+
+    def _get(self, weights: str, read: Callable[[], LoadedModel], beside: str = "") -> LoadedModel:
+        """What is loaded of these weights, or read now; `beside` must stay for it."""
+        if weights not in self._loaded:
+            model = read()
+            self._make_room(model, beside)
+            for module in model.modules():
+                module.to(self._device)
+            self._loaded[weights] = model
+        self._loaded.move_to_end(weights)
+        return self._loaded[weights]
+
+    def _make_room(self, model: LoadedModel, beside: str) -> None:
+        """Let go of the models that were used longest ago until this one fits in."""
+        for weights in list(self._loaded):
+            if self._budget is None or _bytes([model, *self._loaded.values()]) <= self._budget:
+                break
+            if weights != beside:
+                print(f"{weights} leaves the memory, for MAX_MODEL_GB", flush=True)
+                del self._loaded[weights]
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def pipeline(
         self, spec: BaseModelSpec, plan: GenerationPlan, own: Mapping[str, object]
     ) -> DiffusionPipeline:
         """A pipeline for one request, with a scheduler of its own, and its `own` parts."""
-        return _build(PIPELINE_CLASSES[spec.family, plan.mode], self.load(spec), plan, own)
+        model = self.load(spec)
+        scheduler = scheduler_of(spec, plan, model)
+        return _build(PIPELINE_CLASSES[spec.family, plan.mode], model, scheduler, own)
 
     def refiner_pipeline(
         self, spec: BaseModelSpec, plan: GenerationPlan, own: Mapping[str, object]
@@ -79,9 +155,12 @@ class PipelineStore:
         pipeline_class = PIPELINE_CLASSES[spec.refiner.family, Mode.IMG2IMG]
         model = self.load_refiner(spec)
         own = {name: part for name, part in own.items() if model.parts[name] is not None}
-        return _build(pipeline_class, model, plan, own)
+        scheduler = build_scheduler(
+            plan.scheduler, plan.schedule_type, model.scheduler_config, plan.seeds
+        )
+        return _build(pipeline_class, model, scheduler, own)
 
-    def _read(self, spec: BaseModelSpec) -> LoadedModel:
+    def _read(self, spec: BaseModelSpec, alone: bool) -> LoadedModel:
         import diffusers
         from transformers.utils import logging as transformers_logging
 
@@ -89,27 +168,46 @@ class PipelineStore:
         diffusers.utils.logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
         folder = cache.ensure(spec.weights, self._edition)
-        vae_folder = (
-            cache.ensure(spec.vae_weights, self._edition) if spec.vae_weights else folder / "vae"
-        )
-        vae = diffusers.AutoencoderKL.from_pretrained(
-            vae_folder,
-            variant=None if spec.vae_weights else "fp16",
-            dtype=self._dtype,
-            use_safetensors=True,
-        )
-        pipeline_class = getattr(diffusers, PIPELINE_CLASSES[spec.family, Mode.TXT2IMG])
-        pipeline = pipeline_class.from_pretrained(
+        settings = _SETTINGS[spec.family]
+        class_name = PIPELINE_CLASSES[spec.family, Mode.TXT2IMG]
+        contents = {name: _content(folder, name) for name in _SHARED_PARTS}
+        shared = {
+            name: self._shared[content]
+            for name, content in contents.items()
+            if not alone and content in self._shared
+        }
+        borrowed = {name: self._borrow(name, spec, alone) for name in spec.borrowed}
+        pipeline = getattr(diffusers, class_name).from_pretrained(
             folder,
-            vae=vae,
-            variant="fp16",
+            **{**shared, **borrowed},
+            variant=_variant(folder),
             dtype=self._dtype,
             use_safetensors=True,
-            add_watermarker=False,
             local_files_only=True,
-        ).to(self._device)
+            **settings,
+        )
         parts = {name: part for name, part in pipeline.components.items() if name != "scheduler"}
-        return LoadedModel(parts, _scheduler_config(folder))
+        for name, content in contents.items():
+            if content is not None and not alone and name not in borrowed:
+                self._shared[content] = parts[name]
+        return LoadedModel({**parts, **settings}, _scheduler_config(folder))
+
+    def _borrow(self, name: str, spec: BaseModelSpec, alone: bool) -> nn.Module:
+        """A component that is another entry of the catalog, or part of one."""
+        import diffusers
+
+        assert name == "vae", f"no model borrows a {name}"
+        folder = cache.ensure(spec.borrowed[name], self._edition)
+        content = _content(folder, name) or _content(folder, "")
+        part = None if alone else self._shared.get(content)
+        if part is None:
+            folder = folder / name if (folder / name).is_dir() else folder
+            part = diffusers.AutoencoderKL.from_pretrained(
+                folder, variant=_variant(folder), dtype=self._dtype, use_safetensors=True
+            )
+            if not alone:
+                self._shared[content] = part
+        return part
 
     def _read_refiner(self, spec: RefinerSpec, base: LoadedModel) -> LoadedModel:
         import diffusers
@@ -122,7 +220,7 @@ class PipelineStore:
         settings = ("requires_aesthetics_score", "force_zeros_for_empty_prompt")
         parts = {
             **base.parts,
-            "unet": unet.to(self._device),
+            "unet": unet,
             "text_encoder": None,
             "tokenizer": None,
             **{name: index[name] for name in settings},
@@ -137,19 +235,41 @@ def _scheduler_config(folder: Path) -> Mapping[str, object]:
     return config
 
 
-def scheduler_of(plan: GenerationPlan, model: LoadedModel) -> SchedulerMixin:
+def _content(folder: Path, part: str) -> Hashable | None:
+    """Equal for parts that are equal: hashes of its weights' files, and what its config says.
+
+    None where the folder has no such part.
+    """
+    weights = cache.digests(folder, part)
+    if not weights:
+        return None
+    config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+    told = {key: value for key, value in config.items() if not key.startswith("_")}
+    for irrelevant in ("architectures", "dtype", "torch_dtype", "transformers_version"):
+        told.pop(irrelevant, None)
+    return weights, json.dumps(told, sort_keys=True)
+
+
+def _variant(folder: Path) -> str | None:
+    return "fp16" if any(folder.rglob("*.fp16.safetensors")) else None
+
+
+def scheduler_of(spec: BaseModelSpec, plan: GenerationPlan, model: LoadedModel) -> SchedulerMixin:
     """A new scheduler for the plan, from the config that the model came with."""
-    return build_scheduler(plan.scheduler, plan.schedule_type, model.scheduler_config, plan.seeds)
+    config = {**model.scheduler_config, **spec.scheduler_config}
+    return build_scheduler(plan.scheduler, plan.schedule_type, config, plan.seeds)
 
 
 def _build(
-    class_name: str, model: LoadedModel, plan: GenerationPlan, own: Mapping[str, object]
+    class_name: str,
+    model: LoadedModel,
+    scheduler: SchedulerMixin,
+    own: Mapping[str, object],
 ) -> DiffusionPipeline:
     import diffusers
 
     pipeline: DiffusionPipeline = getattr(diffusers, class_name)(
         **{**model.parts, **own},
-        scheduler=scheduler_of(plan, model),
-        add_watermarker=False,
+        scheduler=scheduler,
     )
     return pipeline

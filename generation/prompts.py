@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from generation.prompt_syntax import Blend, Fragment, ParsedPrompt, Passage, parse
 from generation.request import GenerationPlan
 
 if TYPE_CHECKING:
     from compel.embeddings_provider import EmbeddingsProvider
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import DiffusionPipeline
 
 MAX_CHUNKS = 20  # of 75 tokens; cross-attention takes memory and time for each
 CACHED_TEXTS = 64  # 0.3 MB each, at SDXL's widths, for every 75 tokens
@@ -25,8 +26,9 @@ CACHED_TEXTS = 64  # 0.3 MB each, at SDXL's widths, for every 75 tokens
 class PromptEmbeddings:
     """One prompt's embeddings; the negative ones are None where no guidance pass runs."""
 
-    prompt_embeds: Tensor  # (1, 77 n, width of both text encoders)
-    pooled_prompt_embeds: Tensor  # (1, width of the second encoder's projection)
+    prompt_embeds: Tensor  # (1, 77 n, width of all text encoders)
+    # (1, width of the second encoder's projection); None where there is one encoder
+    pooled_prompt_embeds: Tensor | None
     negative_prompt_embeds: Tensor | None  # of the same size
     negative_pooled_prompt_embeds: Tensor | None
 
@@ -36,7 +38,7 @@ class _Text:
     """What one text means."""
 
     embeds: Tensor  # (1, 77 n, width)
-    pooled: Tensor  # (1, width of the projection)
+    pooled: Tensor | None  # (1, width of the projection)
     notes: tuple[str, ...]  # what was not read as it was written
 
 
@@ -67,23 +69,17 @@ class Texts:
     cache: EmbeddingCache
     state: Hashable
 
-    def encode(self, pipeline: StableDiffusionXLPipeline, plan: GenerationPlan) -> PromptEmbeddings:
+    def encode(self, pipeline: DiffusionPipeline, plan: GenerationPlan) -> PromptEmbeddings:
         """Read the plan's prompts, once for all of its pictures.
 
         The longer one's chunks of 77 tokens decide the size; the other is filled up with what an
         empty text means, as compel does.
         """
-        pairs = [
-            (tokenizer, encoder)
-            for tokenizer, encoder in (
-                (pipeline.tokenizer, pipeline.text_encoder),
-                (pipeline.tokenizer_2, pipeline.text_encoder_2),
-            )
-            if encoder is not None
-        ]
+        readers = _readers(pipeline, plan.clip_skip)
 
         def read(name: str, text: str) -> _Text:
-            found = self.cache.get((len(pairs), self.state, text), lambda: _read(pairs, text))
+            key = (len(readers), plan.clip_skip, self.state, text)
+            found = self.cache.get(key, lambda: _read(readers, text))
             for note in found.notes:
                 print(f"{name}: {note}")
             return found
@@ -108,23 +104,56 @@ def _filled_up(each: Sequence[Tensor], empty: Callable[[], Sequence[Tensor]]) ->
     ]
 
 
-Pair = tuple[Any, Any]  # a tokenizer and its text encoder
+@dataclass(frozen=True)
+class _Reader:
+    """A tokenizer and its text encoder."""
+
+    tokenizer: Any
+    encoder: Any
+    # SD reads the last state, behind its norm; SDXL the one before, as it is.
+    penultimate: bool
 
 
-def _read(pairs: Sequence[Pair], text: str) -> _Text:
+def _readers(pipeline: Any, clip_skip: int) -> list[_Reader]:  # noqa: ANN401
+    """The pipeline's, in the order in which their states are joined."""
+    names = [name for name in ("", "_2") if hasattr(pipeline, f"text_encoder{name}")]
+    readers = [
+        _Reader(
+            getattr(pipeline, f"tokenizer{name}"),
+            _without_last(getattr(pipeline, f"text_encoder{name}"), clip_skip - 1),
+            penultimate=len(names) > 1,
+        )
+        for name in names
+    ]
+    return [reader for reader in readers if reader.encoder is not None]
+
+
+def _without_last(encoder: Any, layers: int) -> Any:  # noqa: ANN401
+    """A view of the text encoder without its last layers; it shares all that is left."""
+    if not layers:
+        return encoder
+    view, inner = copy.copy(encoder), copy.copy(encoder.encoder)
+    view._modules, inner._modules = {**encoder._modules}, {**encoder.encoder._modules}
+    view.encoder, inner.layers = inner, nn.ModuleList(list(encoder.encoder.layers)[:-layers])
+    return view
+
+
+def _read(readers: Sequence[_Reader], text: str) -> _Text:
     parsed = parse(text)
     plain, notes = parsed.plain, list(parsed.notes)
-    tokenizer, encoder = pairs[-1]
-    pooled = encoder(_tokens(tokenizer, plain).to(encoder.device))[0]
+    tokenizer, encoder = readers[-1].tokenizer, readers[-1].encoder
+    pooled = None
+    if readers[-1].penultimate:
+        pooled = encoder(_tokens(tokenizer, plain).to(encoder.device))[0]
     states: Sequence[Tensor]
     if parsed.is_plain and _count(tokenizer, plain) <= tokenizer.model_max_length - 2:
-        states = [_plain(pair, plain) for pair in pairs]
+        states = [_plain(reader, plain) for reader in readers]
     else:
         parts, cut = _fitting(parsed, tokenizer)
         notes += cut
-        weighted = [_weighted(pair, parts, parsed.weights) for pair in pairs]
+        weighted = [_weighted(reader, parts, parsed.weights) for reader in readers]
         # SDXL's second tokenizer reads "!" as its padding, and so may cut elsewhere than the first.
-        states = _filled_up(weighted, lambda: [_plain(pair, "") for pair in pairs])
+        states = _filled_up(weighted, lambda: [_plain(reader, "") for reader in readers])
     return _Text(torch.cat(list(states), dim=-1), pooled, tuple(notes))
 
 
@@ -140,11 +169,11 @@ def _tokens(tokenizer: Any, text: str) -> Tensor:  # noqa: ANN401
     return ids
 
 
-def _plain(pair: Pair, text: str) -> Tensor:
+def _plain(reader: _Reader, text: str) -> Tensor:
     """As the stock pipeline reads it."""
-    tokenizer, encoder = pair
-    output = encoder(_tokens(tokenizer, text).to(encoder.device), output_hidden_states=True)
-    states: Tensor = output.hidden_states[-2]
+    ids = _tokens(reader.tokenizer, text).to(reader.encoder.device)
+    output = reader.encoder(ids, output_hidden_states=reader.penultimate)
+    states: Tensor = output.hidden_states[-2] if reader.penultimate else output.last_hidden_state
     return states
 
 
@@ -202,7 +231,9 @@ def _beginning(tokenizer: Any, text: str, limit: int) -> str:  # noqa: ANN401
     return text[:low]
 
 
-def _weighted(pair: Pair, parts: Sequence[Passage | Blend], weights: Sequence[float]) -> Tensor:
+def _weighted(
+    reader: _Reader, parts: Sequence[Passage | Blend], weights: Sequence[float]
+) -> Tensor:
     """Each part by itself, one after the other, by compel."""
     from compel.embeddings_provider import (
         EmbeddingsProvider,
@@ -210,12 +241,14 @@ def _weighted(pair: Pair, parts: Sequence[Passage | Blend], weights: Sequence[fl
         SplitLongTextMode,
     )
 
-    tokenizer, encoder = pair
+    kinds = ReturnedEmbeddingsType
     provider = EmbeddingsProvider(
-        tokenizer=tokenizer,
-        text_encoder=encoder,
+        tokenizer=reader.tokenizer,
+        text_encoder=reader.encoder,
         truncate=False,
-        returned_embeddings_type=ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED,
+        returned_embeddings_type=kinds.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
+        if reader.penultimate
+        else kinds.LAST_HIDDEN_STATES_NORMALIZED,
         split_long_text_mode=SplitLongTextMode.PHRASES,
     )
     states = []
@@ -225,7 +258,7 @@ def _weighted(pair: Pair, parts: Sequence[Passage | Blend], weights: Sequence[fl
             empty = provider.empty_z.repeat(1, own.shape[1] // provider.empty_z.shape[1], 1)
             own = empty + (own - empty) * weight
         states.append(own)
-    return torch.cat(states, dim=1).to(encoder.dtype)
+    return torch.cat(states, dim=1).to(reader.encoder.dtype)
 
 
 def _blended(provider: EmbeddingsProvider, blend: Blend) -> Tensor:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from torch import nn
 
@@ -48,10 +49,11 @@ class ReplaceableWeights:
 
     def __init__(self, parts: Mapping[str, object]) -> None:
         self._slot = AdapterSlot(parts)
-        named = {part: parts[part] for part in (UNET, *TEXT_ENCODERS)}
+        named = {part: parts.get(part) for part in (UNET, *TEXT_ENCODERS)}
         self._shapes = ModelShapes.of({k: m for k, m in named.items() if isinstance(m, nn.Module)})
         self._shelf = Shelf(MEMORY_BYTES)
         self._operators: TrainedWeights | None = None
+        self._own: dict[Path, TrainedWeights] = {}
 
     def set_up(self, source: Source, tokens: Tokens) -> None:
         """Take the operator's weights: the default of every request that names none.
@@ -89,12 +91,30 @@ class ReplaceableWeights:
         _tell_taken_words(adapters, names)
         return adapters
 
+    def own(self, name: str, file: Path) -> Adapter:
+        """The adapter that makes these weights one of our models: catalog entry and its file."""
+        if file not in self._own:
+            weights = read_trained(file, name, self._shapes)
+            # Only UNets belong to one model alone, and this may stay in it.
+            assert all(module.startswith(f"{UNET}.") for module in weights.lora), name
+            self._own[file] = weights
+        return Adapter(self._own[file], 1.0)
+
     @contextmanager
-    def applied(self, adapters: Sequence[Adapter]) -> Iterator[Mapping[str, object]]:
-        """The model with these adapters; yields the tokenizers that know their words."""
+    def applied(
+        self, adapters: Sequence[Adapter], own: Sequence[Adapter] = ()
+    ) -> Iterator[Mapping[str, object]]:
+        """The model with these adapters; yields the tokenizers that know their words.
+
+        The model's `own` go on top: among the others may be one that replaces all its values.
+        """
         stay = all(adapter.weights is self._operators for adapter in adapters)
-        with self._slot.applied(adapters, stay) as own:
-            yield own
+        with self._slot.applied([*adapters, *own], stay) as parts:
+            yield parts
+
+    def settle(self) -> None:
+        """Take back what a cancelled request has left half done."""
+        self._slot.settle()
 
     def _read(self, name: str, source: Source, tokens: Tokens) -> TrainedWeights:
         with sources.fetch(source, tokens) as file:

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 
-from generation.base_models import BaseModelSpec
+from generation.base_models import FEW_STEPS_OUTPUTS, BaseModelSpec, Guidance
 from generation.errors import InvalidRequest
 from generation.schedulers import SCHEDULERS, ScheduleType
 from preprocess.images import MAX_IMAGE_PIXELS
 from weights.references import Source, Tokens, parse_source, shown
 
 SIDE_MULTIPLE = 8  # pixels per latent
-MAX_NUM_OUTPUTS = 4
+MAX_NUM_OUTPUTS = FEW_STEPS_OUTPUTS  # of any model
 MAX_NUM_INFERENCE_STEPS = 500
 MAX_GUIDANCE_SCALE = 50.0
 MAX_MASK_BLUR = 128  # pixels
@@ -124,6 +124,7 @@ class Margins:
 class GenerationRequest:
     """What was asked. None leaves a value to the model's own default, or the seed to chance."""
 
+    model: str | None  # None: the container's own
     prompt: str
     negative_prompt: str
     image: Path | None
@@ -136,6 +137,7 @@ class GenerationRequest:
     schedule_type: str
     num_inference_steps: int | None
     guidance_scale: float | None  # 1 or less: no guidance pass
+    clip_skip: int  # A1111's: 1 reads the text encoder's last layer, 2 the one before
     prompt_strength: float  # 0 keeps the image, 1 ignores it
     mask_from_alpha: bool  # transparent = repaint
     mask_invert: bool
@@ -227,6 +229,8 @@ class GenerationPlan:
     schedule_type: ScheduleType
     num_inference_steps: int  # of the whole schedule: the last strength x steps of it run
     guidance_scale: float
+    guided: bool  # whether a second, unconditional pass runs at each step (arXiv:2207.12598)
+    clip_skip: int
     strength: float  # 1 except where an image is given
     repaint: RepaintPlan | None
     refine: RefinePlan | None
@@ -239,11 +243,6 @@ class GenerationPlan:
     watermark: bool
     output: OutputPlan
     seeds: tuple[int, ...]  # one per picture
-
-    @property
-    def guided(self) -> bool:
-        """Whether a second, unconditional pass runs at each step (arXiv:2207.12598)."""
-        return self.guidance_scale > 1
 
     @property
     def skipped_steps(self) -> int:
@@ -285,16 +284,20 @@ def resolve(
     mode = resolve_mode(request)
     _check(request)
     weights = _weights(request)
+    _check_model(request, spec)
     width, height = _size(request, mode, spec, image_size)
-    steps = request.num_inference_steps
     guidance = request.guidance_scale
-    strength = 1.0 if mode is Mode.TXT2IMG else request.prompt_strength
+    guidance = spec.guidance_scale if guidance is None else guidance
     scheduler = spec.scheduler if request.scheduler is None else request.scheduler
+    most = _most_steps(scheduler, spec)
+    steps = request.num_inference_steps
     steps = spec.num_inference_steps if steps is None else steps
-    schedule_type = _schedule_type(request.schedule_type, scheduler, steps)
-    most = SCHEDULERS[scheduler].max_steps or MAX_NUM_INFERENCE_STEPS
+    schedule_type = _schedule_type(request.schedule_type, scheduler)
+    _check_scheduler_steps("num_inference_steps", steps, scheduler)
+    strength = 1.0 if mode is Mode.TXT2IMG else request.prompt_strength
+    asked_steps = steps
     strength, steps = _at_least_one_step(strength, steps, most)
-    hires = _hires(request, mode, spec, (width, height), steps, most)
+    hires = _hires(request, mode, spec, (width, height), asked_steps, most)
     drawn = (hires.width, hires.height) if hires else (width, height)
     return GenerationPlan(
         mode=mode,
@@ -305,10 +308,12 @@ def resolve(
         scheduler=scheduler,
         schedule_type=schedule_type,
         num_inference_steps=steps,
-        guidance_scale=spec.guidance_scale if guidance is None else guidance,
+        guidance_scale=guidance,
+        guided=spec.guidance is Guidance.SECOND_PASS and guidance > 1,
+        clip_skip=_clip_skip(request, spec),
         strength=strength,
         repaint=_repaint(request) if mode in (Mode.INPAINT, Mode.OUTPAINT) else None,
-        refine=_refine(request, spec, steps, most),
+        refine=_refine(request, spec, scheduler, steps),
         weights=weights,
         tokens=Tokens(request.hf_api_token or None, request.civitai_api_token or None),
         hires=hires,
@@ -404,20 +409,73 @@ def _asked(request: GenerationRequest) -> dict[str, object]:
     return told
 
 
-def _schedule_type(name: str, scheduler: str, steps: int) -> ScheduleType:
-    spec = SCHEDULERS[scheduler]
-    if spec.max_steps is not None and steps > spec.max_steps:
+def _check_model(request: GenerationRequest, spec: BaseModelSpec) -> None:
+    """The rules that the model has for single values."""
+    name, asked = spec.name, request.num_outputs
+    if asked > spec.max_num_outputs:
         raise InvalidRequest(
-            f"num_inference_steps is {steps}, and scheduler {scheduler} has at most"
-            f" {spec.max_steps}; use fewer, or another scheduler"
+            f"num_outputs is {asked}, and {name} makes at most {spec.max_num_outputs} pictures at"
+            " once; ask for fewer, or for a model of few steps (Turbo or LCM)"
         )
-    schedule_type, possible = ScheduleType(name), spec.schedule_types
+    if spec.schedulers and request.scheduler not in (None, *spec.schedulers):
+        raise InvalidRequest(
+            f"scheduler is {request.scheduler}, and {name} works with"
+            f" {' and '.join(spec.schedulers)} only; use one of them, or leave it empty"
+        )
+    steps, guidance = request.num_inference_steps, request.guidance_scale
+    if spec.steps and steps is not None and not spec.steps[0] <= steps <= spec.steps[1]:
+        raise InvalidRequest(
+            f"num_inference_steps is {steps}; {name} was made for {spec.steps[0]} to"
+            f" {spec.steps[1]}: use so many, or leave it empty for {spec.num_inference_steps}"
+        )
+    if spec.guidance_scales and guidance is not None:
+        low, high = spec.guidance_scales
+        if not low <= guidance <= high:
+            why = "works without guidance" if spec.guidance is Guidance.NONE else "needs little"
+            if spec.guidance is Guidance.INPUT:
+                why = f"knows guidance from {low:g} to {high:g}"
+            raise InvalidRequest(
+                f"guidance_scale is {guidance:g}, and {name} {why}; use {low:g} to {high:g}, or"
+                f" leave it empty for {spec.guidance_scale:g}"
+            )
+    if spec.guidance is not Guidance.SECOND_PASS and request.negative_prompt.strip():
+        raise InvalidRequest(
+            f"negative_prompt is {request.negative_prompt[:80]!r}, and {name} has no second pass"
+            " that could hear it; leave it empty, say it in the prompt, or use another model"
+        )
+
+
+def _most_steps(scheduler: str, spec: BaseModelSpec) -> int:
+    limits = (SCHEDULERS[scheduler].max_steps, spec.steps[1] if spec.steps else None)
+    return min([MAX_NUM_INFERENCE_STEPS, *(limit for limit in limits if limit is not None)])
+
+
+def _check_scheduler_steps(name: str, steps: int, scheduler: str) -> None:
+    most = SCHEDULERS[scheduler].max_steps
+    if most is not None and steps > most:
+        raise InvalidRequest(
+            f"{name} is {steps}, and scheduler {scheduler} has at most {most}; use fewer, or"
+            " another scheduler"
+        )
+
+
+def _schedule_type(name: str, scheduler: str) -> ScheduleType:
+    schedule_type, possible = ScheduleType(name), SCHEDULERS[scheduler].schedule_types
     if schedule_type not in possible:
         raise InvalidRequest(
             f"schedule_type is {schedule_type}, and scheduler {scheduler} has only"
             f" {', '.join(possible)}; use one of those, or another scheduler"
         )
     return schedule_type
+
+
+def _clip_skip(request: GenerationRequest, spec: BaseModelSpec) -> int:
+    if not 1 <= request.clip_skip <= spec.max_clip_skip:
+        possible = f"from 1 to {spec.max_clip_skip}" if spec.max_clip_skip > 1 else "1"
+        raise InvalidRequest(
+            f"clip_skip is {request.clip_skip}; with {spec.name} it must be {possible}"
+        )
+    return request.clip_skip
 
 
 def _repaint(request: GenerationRequest) -> RepaintPlan:
@@ -432,7 +490,7 @@ def _repaint(request: GenerationRequest) -> RepaintPlan:
 
 
 def _refine(
-    request: GenerationRequest, spec: BaseModelSpec, steps: int, most: int
+    request: GenerationRequest, spec: BaseModelSpec, scheduler: str, steps: int
 ) -> RefinePlan | None:
     style = Refine(request.refine)
     if style is Refine.NO_REFINER:
@@ -442,12 +500,9 @@ def _refine(
             f"refine is {style}, but {spec.name} has no refiner; use refine={Refine.NO_REFINER}"
         )
     steps = steps if request.refine_steps is None else request.refine_steps
-    if steps > most:
-        raise InvalidRequest(
-            f"refine_steps is {steps}, and the scheduler has at most {most}; use fewer, or another"
-            " scheduler"
-        )
+    _check_scheduler_steps("refine_steps", steps, scheduler)
     if style is Refine.BASE_IMAGE:
+        most = _most_steps(scheduler, spec)
         _, steps = _at_least_one_step(BASE_IMAGE_STRENGTH, steps, most)
     return RefinePlan(style, request.high_noise_frac, steps)
 

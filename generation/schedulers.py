@@ -5,6 +5,7 @@ replicate/cog-sdxl's seven names come first, with its exact meanings; the others
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -115,5 +116,10 @@ def build_scheduler(
         config["noise_sampler_seed"] = list(seeds) or None
         seeded: SchedulerMixin = SeededSDEScheduler.from_config(config)
         return seeded
-    scheduler: SchedulerMixin = getattr(diffusers, spec.class_name).from_config(config)
+    scheduler_class = getattr(diffusers, spec.class_name)
+    # The model's config was written for another class: diffusers warns of what this one lacks.
+    known = inspect.signature(scheduler_class.__init__).parameters
+    scheduler: SchedulerMixin = scheduler_class.from_config(
+        {key: value for key, value in config.items() if key in known}
+    )
     return scheduler

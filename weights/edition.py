@@ -1,12 +1,16 @@
-"""Which edition of the weights, and which device: two environment variables, read nowhere else.
+"""Which edition of the weights, which device and models: environment variables, read nowhere else.
 
 `WEIGHTS_EDITION` = full | miniature | auto (default): auto is full where a CUDA GPU is used.
 `DEVICE` = cuda | mps | cpu: by default the first of these that is available. Every edition runs on
-every device when asked to.
+every device when asked to. `MODEL` is the model of requests that name none, `PRELOAD` the models
+that setup loads, separated by commas (by default that one alone), `MAX_MODEL_GB` how many gigabytes
+of models stay in memory (by default half of the GPU's memory, or of the machine's).
 """
 
+import math
 import os
 import sys
+from collections.abc import Sequence
 from typing import Literal
 
 from weights.catalog import Edition
@@ -70,3 +74,42 @@ def resolve_device() -> Device:
         f"DEVICE is {requested!r}, which this machine does not have;"
         f" set it to one of: {', '.join(available)}"
     )
+
+
+def requested_models(names: Sequence[str], default: str) -> tuple[str, tuple[str, ...]]:
+    """MODEL, or else `default`, and the models of PRELOAD, or else that one.
+
+    Raises WrongSetting for one that is not among `names`.
+    """
+
+    def known(variable: str, value: str) -> str:
+        if value not in names:
+            raise WrongSetting(
+                f"{variable} is {os.environ[variable]!r}; set it to one of: {', '.join(names)}"
+            )
+        return value
+
+    value = os.environ.get("MODEL", "").strip()
+    model = known("MODEL", value) if value else default
+    listed = [name.strip() for name in os.environ.get("PRELOAD", "").split(",") if name.strip()]
+    return model, tuple(known("PRELOAD", name) for name in listed) or (model,)
+
+
+def model_budget(device: Device) -> int:
+    """Bytes of models that may stay in memory. Raises WrongSetting."""
+    value = os.environ.get("MAX_MODEL_GB", "").strip()
+    if value:
+        try:
+            gigabytes = float(value)
+        except ValueError:
+            gigabytes = math.nan
+        if not 0 < gigabytes < 1e6:
+            raise WrongSetting(
+                f"MAX_MODEL_GB is {value!r}; set it to a number of gigabytes above 0"
+            )
+        return round(gigabytes * 1e9)
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.get_device_properties(0).total_memory) // 2
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

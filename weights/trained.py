@@ -180,9 +180,10 @@ def _add_file(
     elif keys:
         _refuse_foreign(file, find_foreign_kind(keys))
         family = find_other_checkpoint(keys)
-        _refuse_foreign(
-            file, family and f"a full checkpoint of {family}, of another family than this model"
-        )
+        why = "of another family than this model"
+        if not any(name.startswith(TEXT_ENCODERS[1]) for name in shapes.parameters):
+            why = "and whole models can be brought to Stable Diffusion XL only"
+        _refuse_foreign(file, family and f"a full checkpoint of {family}, {why}")
         if is_checkpoint(keys):
             _add_checkpoint(found, file, shapes)
         else:

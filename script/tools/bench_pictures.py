@@ -114,9 +114,8 @@ class Stock:
 
         def build(kind: str, parts: Any, scheduler_config: Any) -> Any:  # noqa: ANN401
             pipeline = getattr(diffusers, kind)(
-                **{**parts, "vae": vae},
+                **{**parts, "vae": vae, "add_watermarker": False},
                 scheduler=diffusers.EulerDiscreteScheduler.from_config(scheduler_config),
-                add_watermarker=False,
             )
             pipeline.set_progress_bar_config(disable=True)
             return pipeline
@@ -163,7 +162,7 @@ def _set_up_random(predictor: Predictor) -> None:
     device, dtype = torch.device("cuda"), torch.float16
 
     class RandomStore(PipelineStore):
-        def _read(self, spec: BaseModelSpec) -> LoadedModel:
+        def _read(self, spec: BaseModelSpec, alone: bool) -> LoadedModel:
             parts = random_sdxl.build_parts(device, dtype)
             none: dict[str, object] = {"image_encoder": None, "feature_extractor": None}
             return LoadedModel({**parts, **none}, random_sdxl.SCHEDULER_CONFIG)

@@ -6,7 +6,8 @@ In predict.py and train.py a comment marks a list of names that repeats a regist
     SCHEDULER_CHOICES = ["DDIM", ...]
 
 In README.md the inputs stand between `<!-- inputs:begin -->` and `<!-- inputs:end -->`, and those
-of training, when cog.yaml names it, between `<!-- training-inputs:begin -->` and its end.
+of training, when cog.yaml names it, between `<!-- training-inputs:begin -->` and its end. The
+models stand between `<!-- models:begin -->` and its end, where there is such a region.
 """
 
 import argparse
@@ -20,9 +21,10 @@ from enum import EnumType
 from pathlib import Path
 
 from script.tools.cog_config import ConfigError, read_config
-from script.tools.cog_model import InputField, Mode, Signature
+from script.tools.cog_model import InputField, Mode
 from script.tools.cog_rules import SchemaError
 from script.tools.cog_source import read_signature
+from script.tools.model_table import model_table
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = re.compile(r"# script/sync: ([\w.]+)\.(\w+)")
@@ -68,7 +70,7 @@ def synchronise(root: Path) -> tuple[dict[str, str], list[Region]]:
     config = read_config(root)
     texts: dict[str, str] = {}
     changed: list[Region] = []
-    tables: list[tuple[str, Signature]] = []
+    tables: list[tuple[str, str]] = []
     for mode, target in ((Mode.PREDICT, config.predict), (Mode.TRAIN, config.train)):
         if target is None:
             continue
@@ -77,11 +79,14 @@ def synchronise(root: Path) -> tuple[dict[str, str], list[Region]]:
         changed += regions
         # The table is made from the source as it will be, so that one run settles both.
         signature = read_signature(texts[file], file, target.name, mode)
-        tables.append(("inputs" if mode is Mode.PREDICT else "training-inputs", signature))
+        name = "inputs" if mode is Mode.PREDICT else "training-inputs"
+        tables.append((name, input_table(signature.inputs)))
     readme = "README.md"
     texts[readme] = _read(root, readme)
-    for name, signature in tables:
-        wanted = replace_table(texts[readme], readme, name, input_table(signature.inputs))
+    if "<!-- models:begin -->" in texts[readme]:
+        tables.append(("models", model_table()))
+    for name, table in tables:
+        wanted = replace_table(texts[readme], readme, name, table)
         if wanted != texts[readme]:
             changed.append(Region(readme, name))
         texts[readme] = wanted

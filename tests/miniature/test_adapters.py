@@ -45,9 +45,7 @@ def read(path, parts):
 def draw(parts, prompt=PROMPT, **own) -> torch.Tensor:
     """Latents after four steps of a stock pipeline around the parts."""
     scheduler = load_scheduler()
-    pipeline = StableDiffusionXLPipeline(
-        **{**parts, **own}, scheduler=scheduler, add_watermarker=False
-    )
+    pipeline = StableDiffusionXLPipeline(**{**parts, **own}, scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         prompt,

@@ -37,7 +37,7 @@ def full_engine(tmp_path, monkeypatch):
 
 
 def test_every_entry_that_a_model_names_is_in_the_catalog():
-    assert {SDXL.weights, SDXL.vae_weights} <= set(CATALOG[Edition.FULL])
+    assert {SDXL.weights, *SDXL.borrowed.values()} <= set(CATALOG[Edition.FULL])
 
 
 def test_the_full_layout_makes_the_same_picture(full_engine, make, monkeypatch):

@@ -347,7 +347,7 @@ def test_the_expert_ensemble_makes_the_whole_schedule_however_short(
         )
         assert torch.isfinite(made.latents).all()
         plan = made.result.plan
-        schedule = scheduler_of(plan, engine._store.load(MINIATURE_SDXL))
+        schedule = scheduler_of(MINIATURE_SDXL, plan, engine._store.load(MINIATURE_SDXL))
         schedule.set_timesteps(plan.num_inference_steps)
         run_steps = int(plan.num_inference_steps * plan.strength)
         first = (plan.num_inference_steps - run_steps) * schedule.order

@@ -90,6 +90,19 @@ def test_whole_numbers_may_be_written_as_floats(server):
     assert (result["metrics"]["seed"], result["metrics"]["num_inference_steps"]) == (7, 2)
 
 
+def test_another_model_draws_in_one_step_and_explains_what_it_cannot_do(server):
+    asked = {**RED_CIRCLE, "model": "sdxl-turbo"}
+    result = server.predict(**asked)
+    assert result["metrics"]["num_inference_steps"] == 1
+    (uri,) = result["output"]
+    expected = Expectation(shape="circle", colour="red", background="blue", size="large")
+    assert judge(picture(uri), expected).all_right
+    refused = server.predict(**asked, guidance_scale=7.5)
+    assert refused["status"] == "failed"
+    assert "guidance_scale is 7.5, and sdxl-turbo works without guidance" in refused["error"]
+    assert "use 0 to 1, or leave it empty for 0" in refused["error"]
+
+
 def test_a_rule_of_the_model_is_explained_and_the_server_goes_on(server):
     response = server.post({"width": 100})
     assert response.status_code == 200

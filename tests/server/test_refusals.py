@@ -18,7 +18,7 @@ def test_the_served_schema_is_the_committed_one(server):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("num_outputs", 99, "99 is greater than the maximum of 4"),
+        ("num_outputs", 99, "99 is greater than the maximum of 16"),
         ("num_outputs", 0, "0 is less than the minimum of 1"),
         ("num_outputs", 1.5, '1.5 is not of type "integer"'),
         ("guidance_scale", 51, "51 is greater than the maximum of 50"),

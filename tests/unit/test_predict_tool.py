@@ -80,7 +80,7 @@ def test_the_last_of_repeated_flags_counts():
     ("flag", "message"),
     [
         ("prompt", "-i 'prompt' has no value; write -i key=value"),
-        ("promt=a", "there is no input 'promt'; the inputs are prompt, negative_prompt,"),
+        ("promt=a", "there is no input 'promt'; the inputs are prompt, model,"),
         ("=a", "there is no input ''"),
         ("seed=one", "seed is 'one'; it must be of type integer"),
         ("seed=", "seed is ''; it must be of type integer"),
@@ -88,7 +88,7 @@ def test_the_last_of_repeated_flags_counts():
         ("seed=true", "seed: True is not of type 'integer'"),
         ("seed=null", "seed: None is not of type 'integer'"),
         ("seed=-1", "seed: -1 is less than the minimum of 0"),
-        ("num_outputs=99", "num_outputs: 99 is greater than the maximum of 4"),
+        ("num_outputs=99", "num_outputs: 99 is greater than the maximum of 16"),
         ('guidance_scale="7"', "guidance_scale: '7' is not of type 'number'"),
         ("scheduler=Euler b", "scheduler: 'Euler b' is not one of ['DDIM', "),
     ],

@@ -29,6 +29,7 @@ from generation.request import (
 from generation.schedulers import SCHEDULERS
 from preprocess.images import MAX_IMAGE_PIXELS
 from tests.requests import REQUEST as ANY_REQUEST
+from weights.catalog import Edition
 from weights.errors import InvalidSource
 from weights.references import HubRepository, WebFile
 
@@ -71,8 +72,9 @@ def test_guidance_of_one_or_less_runs_no_second_pass(scale, guided):
     ("change", "fragments"),
     [
         ({"scheduler": "EULER"}, ["'EULER'", "K_EULER", "PNDM"]),
-        ({"num_outputs": 0}, ["num_outputs is 0", "from 1 to 4"]),
-        ({"num_outputs": 5}, ["num_outputs is 5", "from 1 to 4"]),
+        ({"num_outputs": 0}, ["num_outputs is 0", "from 1 to 16"]),
+        ({"num_outputs": 5}, ["num_outputs is 5", "sdxl makes at most 4", "model of few steps"]),
+        ({"num_outputs": 17}, ["num_outputs is 17", "from 1 to 16"]),
         ({"num_inference_steps": 0}, ["num_inference_steps is 0", "from 1 to 500"]),
         ({"num_inference_steps": 501}, ["num_inference_steps is 501", "from 1 to 500"]),
         ({"guidance_scale": -0.1}, ["guidance_scale is -0.1", "from 0 to 50"]),
@@ -117,6 +119,91 @@ def test_an_open_seed_is_drawn_from_all_32_bits():
     seeds = {resolve(replace(REQUEST, seed=None), SDXL, None).seeds[0] for _ in range(200)}
     assert len(seeds) == 200
     assert max(seeds) > 2**31
+
+
+MODELS = BASE_MODELS[Edition.FULL]
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "message"),
+    [
+        (
+            "sdxl-turbo",
+            {"guidance_scale": 7.5},
+            "guidance_scale is 7.5, and sdxl-turbo works without guidance; use 0 to 1, or leave it"
+            " empty for 0",
+        ),
+        (
+            "sd-turbo",
+            {"negative_prompt": "blurry"},
+            "negative_prompt is 'blurry', and sd-turbo has no second pass that could hear it;"
+            " leave it empty, say it in the prompt, or use another model",
+        ),
+        (
+            "sdxl-turbo",
+            {"num_inference_steps": 5},
+            "num_inference_steps is 5; sdxl-turbo was made for 1 to 4: use so many, or leave it"
+            " empty for 1",
+        ),
+        ("sdxl-lcm", {"num_inference_steps": 1}, "is 1; sdxl-lcm was made for 2 to 8"),
+        ("sdxl-lcm", {"num_inference_steps": 9}, "is 9; sdxl-lcm was made for 2 to 8"),
+        ("sd15-lcm", {"guidance_scale": 2.1}, "is 2.1, and sd15-lcm needs little; use 1 to 2"),
+        ("sd15-lcm", {"guidance_scale": 0.5}, "is 0.5, and sd15-lcm needs little; use 1 to 2"),
+        (
+            "lcm-dreamshaper",
+            {"guidance_scale": 16},
+            "is 16, and lcm-dreamshaper knows guidance from 1 to 15; use 1 to 15, or leave it",
+        ),
+        ("lcm-dreamshaper", {"negative_prompt": "blur"}, "lcm-dreamshaper has no second pass"),
+        ("sdxl-lcm", {"scheduler": "DDIM"}, "is DDIM, and sdxl-lcm works with LCM and TCD only"),
+        ("sdxl-turbo", {"num_outputs": 17}, "num_outputs is 17; it must be from 1 to 16"),
+        ("sd15", {"num_outputs": 5}, "num_outputs is 5, and sd15 makes at most 4 pictures at once"),
+        *(
+            (name, {"refine": "base_image_refiner"}, f"but {name} has no refiner")
+            for name in MODELS
+            if name != "sdxl"
+        ),
+        ("sdxl-turbo", {"hires_fix": 2.5}, "hires_fix is 2.5, which makes 1280x1280 of 512x512"),
+        ("sd-turbo", {"width": 1024, "height": 1024}, "is not possible with sd-turbo"),
+    ],
+)
+def test_a_models_own_limits(model, change, message):
+    with pytest.raises(InvalidRequest) as raised:
+        resolve(replace(REQUEST, **change), MODELS[model], None)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "change"),
+    [
+        ("sdxl-turbo", {"guidance_scale": 1.0, "num_inference_steps": 4, "num_outputs": 16}),
+        ("sdxl-turbo", {"scheduler": "DPM++ SDE", "schedule_type": "karras"}),
+        ("sdxl-lcm", {"guidance_scale": 2.0, "num_inference_steps": 8, "negative_prompt": "red"}),
+        ("lcm-dreamshaper", {"guidance_scale": 15.0, "scheduler": "TCD"}),
+    ],
+)
+def test_what_a_model_of_few_steps_takes(model, change):
+    plan = resolve(replace(REQUEST, **change), MODELS[model], None)
+    assert plan.num_inference_steps <= 8
+    assert plan.guided is (plan.guidance_scale > 1 and model != "lcm-dreamshaper")
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.05, 0.3, 0.8, 1.0])
+def test_an_image_leaves_at_least_one_of_few_steps_and_no_more_than_there_are(strength):
+    for spec in MODELS.values():
+        if spec.steps is not None:
+            asked = replace(IMG2IMG, prompt_strength=strength)
+            plan = resolve(asked, spec, (512, 512))
+            assert spec.steps[0] <= plan.num_inference_steps <= spec.steps[1]
+            assert int(plan.num_inference_steps * plan.strength) >= 1
+
+
+def test_a_second_pass_has_the_steps_that_were_asked_whatever_an_image_leaves():
+    asked = replace(IMG2IMG, prompt_strength=0.01, num_inference_steps=10, hires_fix=1.5)
+    plan = resolve(asked, SDXL, (1024, 1024))
+    assert plan.num_inference_steps == 100
+    assert plan.hires is not None
+    assert plan.hires.num_inference_steps == 10
 
 
 def test_the_defaults_of_every_model_are_valid():

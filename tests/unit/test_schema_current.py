@@ -90,7 +90,7 @@ def test_example_inputs_are_valid(committed, given):
 @pytest.mark.parametrize(
     "given",
     [
-        {"num_outputs": 5},
+        {"num_outputs": 17},
         {"num_outputs": 0},
         {"num_inference_steps": 501},
         {"guidance_scale": 51},
