@@ -114,6 +114,10 @@ class PipelineStore:
         """The parts of the model's refiner: a UNet of its own, the rest is the model's."""
         refiner, base = spec.refiner, self.load(spec)
         assert refiner is not None
+        known = self._loaded.get(refiner.weights)
+        if known is not None and known.parts["tokenizer_2"] is not base.parts["tokenizer_2"]:
+            # It has parts of a base that was dropped: by budget, a refiner leaves before.
+            del self._loaded[refiner.weights]
         return self._get(refiner.weights, lambda: self._read_refiner(refiner, base), spec.weights)
 
     def _get(self, weights: str, read: Callable[[], LoadedModel], beside: str = "") -> LoadedModel:
@@ -135,9 +139,9 @@ class PipelineStore:
             if weights != beside:
                 print(f"{weights} leaves the memory, for MAX_MODEL_GB", flush=True)
                 del self._loaded[weights]
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+                gc.collect()
+                if self._device.type == "cuda":
+                    torch.cuda.empty_cache()
 
     def pipeline(
         self, spec: BaseModelSpec, plan: GenerationPlan, own: Mapping[str, object]

@@ -117,6 +117,18 @@ def test_a_model_larger_than_the_budget_is_alone():
     assert tight.load_refiner(MODELS["sdxl"]).parts["vae"] is refiner.parts["vae"]
 
 
+def test_a_refiner_works_with_the_base_that_took_the_first_ones_place():
+    sdxl, roomy = MODELS["sdxl"], store(None)
+    roomy.load(sdxl)
+    roomy.load_refiner(sdxl)
+    roomy.drop(sdxl)
+    base = roomy.load(sdxl, alone=True)
+    refiner = roomy.load_refiner(sdxl)
+    for part in ("vae", "text_encoder_2", "tokenizer_2"):
+        assert refiner.parts[part] is base.parts[part]
+    assert roomy.load_refiner(sdxl) is refiner
+
+
 def test_a_model_that_cannot_be_read_changes_nothing(tmp_path, monkeypatch):
     tight = store(1)
     model = tight.load(MODELS["sd15"])
