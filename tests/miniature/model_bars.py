@@ -63,23 +63,27 @@ class Images:
 
 def image_to_image(bench: Bench, model: str, count: int = IMAGE_CASES) -> Images:
     """Nearly all of a scene drawn anew: another shape in another colour."""
-    right, pictures = [], []
-    for case in cases(count):
-        asked = {"model": model, "prompt": case.prompt, "seed": case.seed, "prompt_strength": 0.95}
-        asked["num_inference_steps"] = MODELS[model].steps[1] if MODELS[model].steps else None
-        (picture,) = bench.make(case.source(), **asked)
-        right.append(judge(picture, case.asked).all_right)
-        pictures.append(picture)
-    return Images(float(np.mean(right)), pictures)
+    return _changed(bench, model, count, 0.95, masked=False)
 
 
 def inpainting(bench: Bench, model: str, count: int = IMAGE_CASES) -> Images:
     """A scene's shape repainted as another one in another colour; its background stays."""
+    return _changed(bench, model, count, 1.0, masked=True)
+
+
+def _changed(bench: Bench, model: str, count: int, strength: float, masked: bool) -> Images:
+    steps = MODELS[model].steps
     right, pictures = [], []
     for case in cases(count):
-        asked = {"model": model, "prompt": case.prompt, "seed": case.seed, "prompt_strength": 1.0}
-        asked["num_inference_steps"] = MODELS[model].steps[1] if MODELS[model].steps else None
-        (picture,) = bench.make(case.source(), case.mask(), **asked)
+        (picture,) = bench.make(
+            case.source(),
+            case.mask() if masked else None,
+            model=model,
+            prompt=case.prompt,
+            seed=case.seed,
+            prompt_strength=strength,
+            num_inference_steps=steps[1] if steps else None,
+        )
         right.append(judge(picture, case.asked).all_right)
         pictures.append(picture)
     return Images(float(np.mean(right)), pictures)
