@@ -197,12 +197,16 @@ class Teacher:
         output = unet(
             noisy, timesteps, meaning.embeds, added_cond_kwargs=added, timestep_cond=told
         ).sample
+        return self.seen(output, noisy, timesteps)
+
+    def seen(self, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """The picture that a UNet's output means."""
         picture, rest = self.shares(timesteps)
         if self._kind == "epsilon":
-            seen: Tensor = (noisy - rest * output) / picture
+            clean: Tensor = (noisy - rest * output) / picture
         else:
-            seen = picture * noisy - rest * output
-        return seen
+            clean = picture * noisy - rest * output
+        return clean
 
 
 @dataclass(frozen=True)

@@ -220,8 +220,14 @@ def _tone(
 
 def render(scene: Scene, width: int, height: int) -> Image.Image:
     """Draw a scene as an RGB picture of the given size in pixels."""
+    return paint(scene, render_mask(scene, width, height))
+
+
+def paint(scene: Scene, mask: NDArray[np.float32]) -> Image.Image:
+    """The scene's colours and textures; `mask` (H, W) in [0, 1] is where the shape is."""
+    height, width = mask.shape
     rng = np.random.default_rng(scene.texture_seed + 1)
-    coverage = render_mask(scene, width, height)[..., None]
+    coverage = mask[..., None]
     background = _tone(COLOURS[scene.background], _texture(scene, width, height), TEXTURE_CONTRAST)
     tone = np.full((height, width), 0.5 + rng.uniform(-0.2, 0.2), dtype=np.float32)
     shape = _tone(COLOURS[scene.colour], tone, TEXTURE_CONTRAST)
