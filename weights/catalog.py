@@ -321,6 +321,125 @@ _FULL: dict[str, CatalogEntry] = {
     ),
 }
 
+_APACHE, _MIT = "Apache-2.0", "MIT"
+_OPENRAIL = "OpenRAIL"  # of ControlNet 1.1's authors; its use-based restrictions are RAIL-M's
+_THIBAUD = "as its annotator's, says its author"
+_NET = "diffusion_pytorch_model"
+
+
+def _controlnet(
+    name: str,
+    repo: str,
+    revision: str,
+    size_bytes: int,
+    weights: str = f"{_NET}.fp16.safetensors",
+    licence: str = _OPENRAIL,
+) -> CatalogEntry:
+    folder = weights.rpartition("/")[0]
+    config = f"{folder}/config.json" if folder else "config.json"
+    source = HubFiles(repo, revision, (config, weights), size_bytes)
+    return CatalogEntry(f"controlnet-{name}", source, licence, commercial_use=True)
+
+
+def _of_sd15(
+    name: str, repo: str, revision: str, weights: str = f"{_NET}.fp16.safetensors"
+) -> CatalogEntry:
+    """ControlNet 1.1's, by its authors; sizes are rounded."""
+    size = 722_600_000 if "fp16" in weights else 1_445_255_000
+    return _controlnet(
+        f"{name}-sd15", f"lllyasviel/control_{repo}", revision, size, weights=weights
+    )
+
+
+def _of_sd21(name: str, repo: str, revision: str) -> CatalogEntry:
+    """Published as a pickle of half precision; diffusers reads nothing but weights from it."""
+    return _controlnet(
+        f"{name}-sd21",
+        f"thibaud/controlnet-sd21-{repo}-diffusers",
+        revision,
+        729_000_000,
+        weights=f"{_NET}.bin",
+        licence=_THIBAUD,
+    )
+
+
+def _annotator(
+    name: str, files: tuple[str, ...], size_bytes: int, licence: str, commercial_use: bool = True
+) -> CatalogEntry:
+    """Pickles, which are read with weights_only."""
+    revision = "982e7edaec38759d914a963c48c4726685de7d96"
+    source = HubFiles("lllyasviel/Annotators", revision, files, size_bytes)
+    return CatalogEntry(f"annotator-{name}", source, licence, commercial_use)
+
+
+# Licences of the annotators are those of the projects that they come from.
+_CONTROL = (
+    _controlnet(
+        "union-sdxl",  # xinsir's promax model in diffusers' layout
+        "OzzyGT/controlnet-union-promax-sdxl-1.0",
+        "4dc491dcc956a7fcf4283841a4a11164f05297fe",
+        2_513_343_700,
+        licence=_APACHE,
+    ),
+    _controlnet(
+        "illusion-sdxl",
+        "monster-labs/control_v1p_sdxl_qrcode_monster",
+        "1ec5dea263b28ba2925151ab5007dfbf9147ad75",
+        5_004_169_100,  # fp32 only
+        weights=f"{_NET}.safetensors",
+        licence=RAIL_PLUS_PLUS_M,
+    ),
+    _controlnet(
+        "illusion-sd15",
+        "monster-labs/control_v1p_sd15_qrcode_monster",
+        "560fb7b15d0badb409f8cd578a2bfe63bd4b8046",
+        1_445_158_000,  # fp32 only
+        weights=f"v2/{_NET}.safetensors",
+        licence=RAIL_PLUS_PLUS_M,
+    ),
+    _of_sd15("canny", "v11p_sd15_canny", "115a470d547982438f70198e353a921996e2e819"),
+    _of_sd15("depth", "v11f1p_sd15_depth", "539f99181d33db39cf1af2e517cd8056785f0a87"),
+    _of_sd15("softedge", "v11p_sd15_softedge", "b5bcad0c48e9b12f091968cf5eadbb89402d6bc9"),
+    _of_sd15("lineart", "v11p_sd15_lineart", "8a158f547e031c5b8fbca19ead09a74767ff4db0"),
+    _of_sd15("mlsd", "v11p_sd15_mlsd", "f6d481b1e7346b5067de10288329e64cb4d39537"),
+    _of_sd15("scribble", "v11p_sd15_scribble", "3564ec7b87dd706d5fc760d21c9e90bb160d1e9f"),
+    _of_sd15("openpose", "v11p_sd15_openpose", "9ae9f970358db89e211b87c915f9535c6686d5ba"),
+    _of_sd15("segmentation", "v11p_sd15_seg", "210682041b41097834006a910b8773f423343900"),
+    _of_sd15("normal", "v11p_sd15_normalbae", "cb7296e6587a219068e9d65864e38729cd862aa8"),
+    _of_sd15("tile", "v11f1e_sd15_tile", "3f877705c37010b7221c3d10743307d6b5b6efac", f"{_NET}.bin"),
+    _of_sd21("canny", "canny", "9c3106f9154d708550f2c83d231fbd648da7b670"),
+    _of_sd21("depth", "depth", "938454a38a0e4e321c09326facaa8074ec94d9e0"),
+    _of_sd21("zoedepth", "zoedepth", "899d0adb9ad29afd6c5d53048b0cb6ba923af60f"),
+    _of_sd21("hed", "hed", "1f96e19d0a4dbb1aca5c07b76384e53add98df8a"),
+    _of_sd21("lineart", "lineart", "6bd75b907e2379c02c8ab1d18ba53b79d235fd12"),
+    _of_sd21("scribble", "scribble", "da7af04cee555ad9eda6055e90fe694a29296fd3"),
+    _of_sd21("openpose", "openposev2", "60bbf5f77aa4d6059f7ba6cc235b512124d18364"),
+    _of_sd21("segmentation", "ade20k", "6e62711df1889e823494c1979e5d9c4e828741f4"),
+    _of_sd21("normal", "normalbae", "33adbd7bc63db116fc5f6f98794f3005275e1f72"),
+    _annotator("hed", ("ControlNetHED.pth",), 29_444_406, _APACHE),
+    _annotator("pidinet", ("table5_pidinet.pth",), 2_871_148, "for research", False),
+    _annotator("mlsd", ("mlsd_large_512_fp32.pth",), 6_341_481, _APACHE),
+    _annotator("midas", ("dpt_hybrid-midas-501f0c75.pt",), 492_757_791, _MIT),
+    _annotator("leres", ("res101.pth",), 530_760_553, "BSD-2-Clause, for academic use", False),
+    _annotator("zoe", ("ZoeD_M12_N.pt",), 1_443_406_099, _MIT),
+    _annotator("openpose", ("body_pose_model.pth",), 209_267_595, "CMU OpenPose, academic", False),
+    _annotator("normal-bae", ("scannet.pt",), 290_767_728, _MIT),
+    _annotator("lineart", ("sk_model.pth", "sk_model2.pth"), 34_347_022, _MIT),
+    _annotator("lineart-anime", ("netG.pth",), 217_631_959, _MIT),
+    CatalogEntry(
+        "annotator-upernet",
+        HubFiles(
+            "openmmlab/upernet-convnext-small",
+            "550b68d291f9a7e4874065c6eec0676b2ba821e6",
+            ("config.json", "pytorch_model.bin"),  # a pickle, read with weights_only
+            328_000_000,
+        ),
+        _MIT,
+        commercial_use=True,
+    ),
+)
+
+_SD_CONTROLS = ("canny", "depth", "scribble", "segmentation")  # of the miniature SD 1.5 and 2.1
 _MINIATURE_NAMES = (
     "sdxl-base",  # with its own VAE inside, with which the others draw too
     "sdxl-turbo",  # the Turbo models are LoRAs here
@@ -337,6 +456,8 @@ _MINIATURE_NAMES = (
     "real-esrgan-x4",
     "safety-checker",
     "nsfw-detection",
+    "controlnet-union-sdxl",
+    *(f"controlnet-{kind}-{model}" for model in ("sd15", "sd21") for kind in _SD_CONTROLS),
 )
 _MINIATURE = {
     name: CatalogEntry(name, PackagedFiles(folder=name), "Apache-2.0", commercial_use=True)
@@ -344,7 +465,7 @@ _MINIATURE = {
 }
 
 CATALOG: dict[Edition, dict[str, CatalogEntry]] = {
-    Edition.FULL: _FULL,
+    Edition.FULL: _FULL | {entry.name: entry for entry in _CONTROL},
     Edition.MINIATURE: _MINIATURE,
 }
 

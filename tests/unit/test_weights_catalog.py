@@ -21,7 +21,8 @@ def test_the_first_models_are_there():
     assert "sdxl-base" in CATALOG[Edition.MINIATURE]
 
 
-PICKLES = {"safety-checker"}  # what its authors publish is nothing else
+# What their authors publish is nothing else; so with all annotators and SD 2.1's ControlNets.
+PICKLES = {"safety-checker", "controlnet-tile-sd15"}
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,8 @@ def test_entries_are_complete(kind: Edition, name: str, entry: CatalogEntry):
         path = PurePosixPath(file)
         assert not path.is_absolute()
         assert ".." not in path.parts
-        known = {".json", ".txt", ".safetensors"} | ({".bin"} if name in PICKLES else set())
+        pickled = name in PICKLES or name.startswith("annotator-") or name.endswith("-sd21")
+        known = {".json", ".txt", ".safetensors"} | ({".bin", ".pth", ".pt"} if pickled else set())
         assert path.suffix in known, "no pickles"
 
 
