@@ -10,6 +10,7 @@ from typing import List, Optional  # noqa: UP035  the spelling that every versio
 
 from cog import BasePredictor, Input, Path, Secret
 
+from generation.controlnets import ControlRequest
 from generation.errors import InvalidRequest
 from generation.outputs import OutputFolders
 from generation.request import GenerationRequest, Margins
@@ -66,6 +67,26 @@ OUTPUT_FORMAT_CHOICES = ["png", "webp", "jpg"]
 MASKED_CONTENT_CHOICES = ["original", "fill", "noise"]
 # script/sync: generation.request.InpaintArea
 INPAINT_AREA_CHOICES = ["whole_picture", "masked_region"]
+
+# script/sync: generation.controlnets.CHOICES
+CONTROLNET_CHOICES = [
+    "none",
+    "edge_canny",
+    "depth_midas",
+    "depth_leres",
+    "depth_zoe",
+    "soft_edge_hed",
+    "soft_edge_pidi",
+    "lineart",
+    "lineart_anime",
+    "mlsd",
+    "scribble",
+    "openpose",
+    "segmentation",
+    "normal_bae",
+    "tile",
+    "illusion",
+]
 
 
 class Predictor(BasePredictor):
@@ -303,6 +324,117 @@ class Predictor(BasePredictor):
         outpaint_bottom: int = Input(
             default=0, description="Pixels to add below the image", ge=0, le=4096
         ),
+        controlnet_1: str = Input(
+            default="none",
+            description="What the picture in controlnet_1_image controls",
+            choices=CONTROLNET_CHOICES,
+        ),
+        controlnet_1_image: Optional[Path] = Input(
+            default=None,
+            description="Picture that control 1 is taken from, or its map; fitted like image",
+        ),
+        controlnet_1_conditioning_scale: float = Input(
+            default=0.75,
+            description="How strongly control 1 counts; 0: not at all",
+            ge=0,
+            le=4,
+        ),
+        controlnet_1_start: float = Input(
+            default=0,
+            description="Share of the steps after which control 1 begins to count",
+            ge=0,
+            le=1,
+        ),
+        controlnet_1_end: float = Input(
+            default=1,
+            description="Share of the steps after which control 1 no longer counts",
+            ge=0,
+            le=1,
+        ),
+        controlnet_1_is_map: bool = Input(
+            default=False,
+            description="controlnet_1_image is a map already: edges, depths, a skeleton",
+        ),
+        controlnet_2: str = Input(
+            default="none",
+            description="What the picture in controlnet_2_image controls",
+            choices=CONTROLNET_CHOICES,
+        ),
+        controlnet_2_image: Optional[Path] = Input(
+            default=None,
+            description="Picture that control 2 is taken from, or its map; fitted like image",
+        ),
+        controlnet_2_conditioning_scale: float = Input(
+            default=0.75,
+            description="How strongly control 2 counts; 0: not at all",
+            ge=0,
+            le=4,
+        ),
+        controlnet_2_start: float = Input(
+            default=0,
+            description="Share of the steps after which control 2 begins to count",
+            ge=0,
+            le=1,
+        ),
+        controlnet_2_end: float = Input(
+            default=1,
+            description="Share of the steps after which control 2 no longer counts",
+            ge=0,
+            le=1,
+        ),
+        controlnet_2_is_map: bool = Input(
+            default=False,
+            description="controlnet_2_image is a map already: edges, depths, a skeleton",
+        ),
+        controlnet_3: str = Input(
+            default="none",
+            description="What the picture in controlnet_3_image controls",
+            choices=CONTROLNET_CHOICES,
+        ),
+        controlnet_3_image: Optional[Path] = Input(
+            default=None,
+            description="Picture that control 3 is taken from, or its map; fitted like image",
+        ),
+        controlnet_3_conditioning_scale: float = Input(
+            default=0.75,
+            description="How strongly control 3 counts; 0: not at all",
+            ge=0,
+            le=4,
+        ),
+        controlnet_3_start: float = Input(
+            default=0,
+            description="Share of the steps after which control 3 begins to count",
+            ge=0,
+            le=1,
+        ),
+        controlnet_3_end: float = Input(
+            default=1,
+            description="Share of the steps after which control 3 no longer counts",
+            ge=0,
+            le=1,
+        ),
+        controlnet_3_is_map: bool = Input(
+            default=False,
+            description="controlnet_3_image is a map already: edges, depths, a skeleton",
+        ),
+        canny_low_threshold: int = Input(
+            default=100,
+            description="With edge_canny: edges go on down to this contrast",
+            ge=1,
+            le=255,
+        ),
+        canny_high_threshold: int = Input(
+            default=200,
+            description="With edge_canny: edges start at this contrast",
+            ge=1,
+            le=255,
+        ),
+        return_control_maps: bool = Input(
+            default=False, description="Give out the controls' maps too, before the pictures"
+        ),
+        control_maps_only: bool = Input(
+            default=False, description="Give out the controls' maps and make no pictures"
+        ),
     ) -> List[Path]:
         """Make pictures from a prompt, or from a picture and a prompt."""
         request = GenerationRequest(
@@ -333,6 +465,36 @@ class Predictor(BasePredictor):
                 right=int(outpaint_right),
                 bottom=int(outpaint_bottom),
             ),
+            controls=(
+                ControlRequest(
+                    controlnet_1,
+                    _file("controlnet_1_image", controlnet_1_image),
+                    controlnet_1_conditioning_scale,
+                    controlnet_1_start,
+                    controlnet_1_end,
+                    controlnet_1_is_map,
+                ),
+                ControlRequest(
+                    controlnet_2,
+                    _file("controlnet_2_image", controlnet_2_image),
+                    controlnet_2_conditioning_scale,
+                    controlnet_2_start,
+                    controlnet_2_end,
+                    controlnet_2_is_map,
+                ),
+                ControlRequest(
+                    controlnet_3,
+                    _file("controlnet_3_image", controlnet_3_image),
+                    controlnet_3_conditioning_scale,
+                    controlnet_3_start,
+                    controlnet_3_end,
+                    controlnet_3_is_map,
+                ),
+            ),
+            canny_low_threshold=int(canny_low_threshold),
+            canny_high_threshold=int(canny_high_threshold),
+            return_control_maps=return_control_maps,
+            control_maps_only=control_maps_only,
             refine=refine,
             high_noise_frac=high_noise_frac,
             refine_steps=_whole(refine_steps),

@@ -15,6 +15,14 @@ class Family(StrEnum):
     SD = "sd"  # Stable Diffusion 1 and 2: one text encoder
 
 
+class Lineage(StrEnum):
+    """Models of one lineage come from one training, so a ControlNet of it fits all of them."""
+
+    SDXL = "SDXL"
+    SD15 = "SD 1.5"
+    SD21 = "SD 2.1"
+
+
 class Guidance(StrEnum):
     """How a model follows the prompt more closely than it would by itself."""
 
@@ -39,6 +47,7 @@ class BaseModelSpec:
     name: str
     good_for: str  # to people who choose
     family: Family
+    lineage: Lineage
     weights: str  # catalog entry: a folder in the hub's layout
     native_size: int
     max_side: int
@@ -46,6 +55,7 @@ class BaseModelSpec:
     max_hires_pixels: int  # of a second pass, which starts from a picture of the first
     scheduler: str
     hires_strength: float  # of a second pass: as much as leaves what the first has composed
+    edition: Edition = Edition.FULL
     min_side: int = 256
     # Parts that come from elsewhere: component → catalog entry, whose folder has it under that name
     # or is it.
@@ -112,6 +122,7 @@ SDXL = BaseModelSpec(
     name="sdxl",
     good_for="the best pictures; with a refiner",
     family=Family.SDXL,
+    lineage=Lineage.SDXL,
     weights="sdxl-base",
     refiner=RefinerSpec("sdxl-refiner", Family.SDXL_REFINER, weights="sdxl-refiner"),
     native_size=1024,
@@ -135,6 +146,7 @@ SD15 = BaseModelSpec(
     name="sd15",
     good_for="the largest choice of LoRAs; little memory",
     family=Family.SD,
+    lineage=Lineage.SD15,
     weights="sd15",
     native_size=512,
     max_side=1024,
@@ -164,6 +176,7 @@ SD21 = replace(
     SD15,
     name="sd21",
     good_for="768 x 768 pixels with little memory",
+    lineage=Lineage.SD21,
     weights="sd21",
     native_size=768,
     max_side=1536,
@@ -184,6 +197,7 @@ def _miniature(spec: BaseModelSpec) -> BaseModelSpec:
     weights = _MINIATURE_WEIGHTS.get(spec.weights, spec.weights)
     return replace(
         spec,
+        edition=Edition.MINIATURE,
         weights=weights,
         adapter=spec.weights if weights != spec.weights else spec.adapter,
         native_size=128,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +58,39 @@ class Frame:
     box: tuple[int, int, int, int]  # left, top, right, bottom, in the picture's pixels
     scaled: tuple[int, int]
     size: tuple[int, int]  # multiples of 8
+
+    @classmethod
+    def whole(cls, size: tuple[int, int], scaled: tuple[int, int]) -> Frame:
+        """All of a picture of `size`, seen at `scaled`."""
+        return cls((0, 0, *size), scaled, scaled)
+
+    def moved(self, left: int, top: int) -> Frame:
+        """The same part of a picture in which this one lies so far from the upper left."""
+        box = self.box
+        return replace(self, box=(box[0] + left, box[1] + top, box[2] + left, box[3] + top))
+
+
+@dataclass(frozen=True)
+class Covering:
+    """A picture scaled until it covers `size` and cut, as `cover_crop`, but not yet resampled."""
+
+    picture: Image.Image
+    size: tuple[int, int]  # (width, height) in pixels
+
+    def look(self, frame: Frame, resampling: Image.Resampling) -> Image.Image:
+        """The frame's part of it, at the frame's size, from the picture's own pixels."""
+        (width, height), (own_width, own_height) = self.size, self.picture.size
+        scale = max(width / own_width, height / own_height)
+        cut_x, cut_y = (own_width - width / scale) / 2, (own_height - height / scale) / 2
+        left, top, right, bottom = (side / scale for side in frame.box)
+        box = (  # rounding may lead a little outside
+            max(cut_x + left, 0),
+            max(cut_y + top, 0),
+            min(cut_x + right, own_width),
+            min(cut_y + bottom, own_height),
+        )
+        view = self.picture.resize(frame.scaled, resampling, box=box)
+        return _into_frame(view, frame)
 
 
 def frame_of(box: tuple[int, int, int, int], spec: BaseModelSpec) -> Frame:

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from generation import canvas, noise, outputs, parameters, prompts
+from generation import canvas, control, noise, outputs, parameters, prompts
 from generation.adapters import Adapter, text_state
 from generation.base_models import BASE_MODELS, DEFAULT_BASE_MODEL, BaseModelSpec
 from generation.errors import InvalidRequest, OutOfDeviceMemory
@@ -21,7 +21,8 @@ from generation.pipelines import LoadedModel, PipelineStore
 from generation.replaceable import ReplaceableWeights, replace_all_trigger_words
 from generation.request import GenerationPlan, GenerationRequest, resolve, resolve_mode
 from generation.stages import Stages
-from preprocess.images import read_image, read_mask
+from preprocess.annotators import Detectors
+from preprocess.images import SourceImage, read_image, read_mask
 from weights import cache
 from weights.catalog import Edition
 from weights.edition import Device
@@ -65,6 +66,7 @@ class Engine:
         self._operators: tuple[Source, Tokens] | None = None
         self._texts = prompts.EmbeddingCache()
         self._finisher = Finisher(edition, device, self.dtype)
+        self._detectors = Detectors(edition, device)
 
     @torch.inference_mode()
     def load(self, weights: str | None = None, models: Sequence[str] = ()) -> None:
@@ -129,12 +131,25 @@ class Engine:
         resolve_mode(request)  # before images are read: whether they add up to something
         image = read_image(request.image, "image") if request.image else None
         mask = read_mask(request.mask, "mask") if request.mask else None
-        plan = resolve(request, spec, image.rgb.size if image else None)
+        controls = _control_images(request)
+        plan = resolve(
+            request,
+            spec,
+            image.rgb.size if image else None,
+            next((picture.rgb.size for picture in controls.values()), None),
+        )
         source = canvas.fit(image, mask, plan) if image else None
+        stages = Stages(self.device)
+        maps = control.ControlMaps(
+            plan.controls,
+            {k: canvas.Covering(c.rgb, (plan.width, plan.height)) for k, c in controls.items()},
+            self._detectors,
+        )
+        if plan.controls.only:
+            return self._maps_alone(maps, plan, folder, stages)
         print(f"Using seed: {plan.seeds[0]}", flush=True)
         if plan.negative_prompt and not plan.guided:
             print("negative_prompt has no effect: guidance_scale of up to 1 runs no guidance pass")
-        stages = Stages(self.device)
         with stages.time("load"):
             replaceable = self._load(spec)
             own_adapters = self._own(spec, replaceable)
@@ -148,7 +163,7 @@ class Engine:
             stages.around("weights", replaceable.applied(adapters, own_adapters)) as own,
         ):
             texts = prompts.Texts(self._texts, (spec.weights, text_state(adapters)))
-            studio = Studio(self._store, spec, own, texts, self._finisher, stages)
+            studio = Studio(self._store, spec, own, texts, maps, self._finisher, stages)
             pictures = studio.draw(_in_words(plan, adapters), source)
         with _explain_out_of_memory(plan):
             finished = self._finisher.finish(pictures, plan, stages)
@@ -160,7 +175,29 @@ class Engine:
                     for place in finished
                 }
             files = outputs.save(finished, folder, plan.output, told)
+            if plan.controls.returned:
+                files = (*outputs.save_maps(maps.last, folder), *files)
         return GenerationResult(files, plan, stages.seconds, stages.peak_memory())
+
+    def _maps_alone(
+        self, maps: control.ControlMaps, plan: GenerationPlan, folder: Path, stages: Stages
+    ) -> GenerationResult:
+        """What the request's controls look like; no model of pictures is loaded."""
+        size = (plan.width, plan.height)
+        with _explain_out_of_memory(plan), stages.time("control_maps"):
+            drawn = maps.look(canvas.Frame.whole(size, size))
+        with stages.time("save"):
+            files = outputs.save_maps(drawn, folder)
+        return GenerationResult(files, plan, stages.seconds, stages.peak_memory())
+
+
+def _control_images(request: GenerationRequest) -> dict[str, SourceImage]:
+    """The pictures of the controls that there are, by the controls' inputs."""
+    return {
+        f"controlnet_{k}": read_image(asked.image, f"controlnet_{k}_image")
+        for k, asked in enumerate(request.controls, 1)
+        if asked.image is not None
+    }
 
 
 def _in_words(plan: GenerationPlan, adapters: Sequence[Adapter]) -> GenerationPlan:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from generation.encode import encode
-from generation.request import OutputPlan
+from generation.request import OutputFormat, OutputPlan
 
 _ROOT_PREFIX = "stable-diffusion-outputs-"
 
@@ -94,6 +94,19 @@ def _is_alive(root: Path) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def save_maps(maps: Mapping[str, Image.Image], folder: Path) -> tuple[Path, ...]:
+    """Write control maps, by their inputs' names, as PNG: a map that loses something is another.
+
+    `control-1.png` is that of controlnet_1.
+    """
+    paths = []
+    for name, picture in maps.items():
+        path = folder / f"control-{name.rpartition('_')[2]}.png"
+        path.write_bytes(encode(np.asarray(picture), OutputFormat.PNG, 100, None))
+        paths.append(path)
+    return tuple(paths)
 
 
 def save(

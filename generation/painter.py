@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
-from generation import canvas, modes, prompts, refine
+from generation import canvas, control, modes, prompts, refine
 from generation.base_models import BaseModelSpec
 from generation.blending import Mask
+from generation.controlnets import ControlsPlan
 from generation.finish import Finisher, to_pictures
 from generation.pipelines import PipelineStore, scheduler_of
 from generation.request import GenerationPlan, HiresPlan, Mode, RepaintPlan
@@ -29,18 +31,19 @@ class Studio:
     spec: BaseModelSpec
     own: Mapping[str, object]
     texts: prompts.Texts
+    maps: control.ControlMaps
     finisher: Finisher
     stages: Stages
 
     def draw(self, plan: GenerationPlan, source: canvas.FittedSource | None) -> list[Image.Image]:
         """The plan's pictures, before `plan.upscale`."""
-        hires = plan.hires
+        hires, size = plan.hires, (plan.width, plan.height)
         # Of two passes, the refiner works in the last.
         painter = _Painter.open(self, replace(plan, refine=None) if hires else plan)
         if source is None:
-            pictures = painter.paint((plan.width, plan.height), [], None)
+            pictures = painter.paint(canvas.Frame.whole(size, size), [], None)
         elif plan.repaint is None:
-            pictures = painter.paint(source.picture.size, [source.picture], None)
+            pictures = painter.paint(canvas.Frame.whole(size, size), [source.picture], None)
         else:
             pictures = _repaint(painter, source, plan.repaint)
         return pictures if hires is None else self._redraw(painter, plan, hires, pictures)
@@ -65,7 +68,7 @@ class Studio:
             num_inference_steps=hires.num_inference_steps,
         )
         redraw = replace(_Painter.open(self, second), generators=painter.generators)
-        return redraw.paint(size, pictures, None)
+        return redraw.paint(canvas.Frame.whole((plan.width, plan.height), size), pictures, None)
 
 
 def _repaint(
@@ -74,18 +77,23 @@ def _repaint(
     """Inpainting in one pass; outpainting in as many as its margins need."""
     pictures = [source.picture]
     if source.mask is not None:
-        return _repaint_once(painter, pictures, source.mask)
+        return _repaint_once(painter, pictures, source.mask, (0, 0))
+    left, top = settings.outpaint.left, settings.outpaint.top  # still to be added
     for margins in canvas.outpaint_passes(source.picture.size, settings.outpaint):
+        left, top = left - margins.left, top - margins.top
         pictures = [canvas.extend(picture, margins) for picture in pictures]
         mask = canvas.margin_mask(pictures[0].size, margins)
-        pictures = _repaint_once(painter, pictures, mask)
+        pictures = _repaint_once(painter, pictures, mask, (left, top))
     return pictures
 
 
-def _repaint_once(painter: _Painter, pictures: list[Image.Image], mask: Mask) -> list[Image.Image]:
+def _repaint_once(
+    painter: _Painter, pictures: list[Image.Image], mask: Mask, place: tuple[int, int]
+) -> list[Image.Image]:
+    """One pass over pictures that lie at `place` in those that come out in the end."""
     repaint = canvas.repaint(mask, painter.plan, painter.spec)
     views = [repaint.look(picture) for picture in pictures]
-    results = painter.paint(repaint.frame.size, views, repaint.change)
+    results = painter.paint(repaint.frame.moved(*place), views, repaint.change)
     sources = pictures * (len(results) // len(pictures))
     return [
         repaint.paste(picture, result) for picture, result in zip(sources, results, strict=True)
@@ -110,6 +118,8 @@ class _Painter:
     pipeline: StableDiffusionXLPipeline
     embeddings: prompts.PromptEmbeddings
     refiner: _Refiner | None
+    maps: control.ControlMaps
+    nets: Mapping[str, nn.Module]  # ControlNets by catalog entry
     denoising_end: float | None  # where an expert ensemble's refiner takes over
     # Each picture's noise comes from a generator of its own on the CPU: its seed alone decides it,
     # whatever the device and its place in the batch.
@@ -121,19 +131,34 @@ class _Painter:
         store, spec, own, stages = studio.store, studio.spec, studio.own, studio.stages
         with stages.time("load"):
             pipeline = store.pipeline(spec, plan, own)
+            nets = _load_controlnets(store, spec, plan.controls)
             second = store.refiner_pipeline(spec, plan, own) if plan.refine else None
         with stages.time("text"):
             embeddings = studio.texts.encode(pipeline, plan)
             refiner = _Refiner(second, studio.texts.encode(second, plan)) if second else None
         end = refine.handover(plan, scheduler_of(spec, plan, store.load(spec)))
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in plan.seeds]
-        return cls(spec, plan, stages, pipeline, embeddings, refiner, end, generators)
+        return cls(
+            spec,
+            plan,
+            stages,
+            pipeline,
+            embeddings,
+            refiner,
+            studio.maps,
+            nets,
+            end,
+            generators,
+        )
 
     def paint(
-        self, size: tuple[int, int], images: list[Image.Image], change: Mask | None
+        self, frame: canvas.Frame, images: list[Image.Image], change: Mask | None
     ) -> list[Image.Image]:
-        """One pass: pictures of `size`, from noise or from `images` (one for all, or one each)."""
-        plan, pipeline = self.plan, self.pipeline
+        """One pass: pictures of the frame, from noise or from `images` (one for all or one each).
+
+        `frame` is the part of the final picture that is drawn.
+        """
+        plan, pipeline = self.plan, self._listening(frame)
         latents = cells = None
         if images:
             with self.stages.time("encode"):
@@ -141,7 +166,7 @@ class _Painter:
         if change is not None and latents is not None:
             cells = modes.to_cells(change).to(latents)
             latents = modes.masked_content(plan, latents, cells, self.generators)
-        start = modes.Start(size, latents, cells, self.denoising_end)
+        start = modes.Start(frame.size, latents, cells, self.denoising_end)
         with self.stages.time("denoise"):
             arguments = modes.ARGUMENTS[plan.mode](plan, self.embeddings, self.generators, start)
             latents = pipeline(**arguments, output_type="latent", return_dict=False)[0]
@@ -151,6 +176,29 @@ class _Painter:
                 latents = refine.refine(second, plan, embeddings, self.generators, latents, start)
         with self.stages.time("decode"):
             return _decode(pipeline, latents)
+
+    def _listening(self, frame: canvas.Frame) -> StableDiffusionXLPipeline:
+        """The pipeline, whose UNet hears the ControlNets for this frame if there are any."""
+        plan, pipeline = self.plan, self.pipeline
+        if not plan.controls.controls:
+            return pipeline
+        with self.stages.time("control_maps"):
+            maps = self.maps.look(frame)
+        unet = pipeline.unet
+        said = control.hints(plan.controls, self.nets, maps, unet.device, unet.dtype)
+        if said:
+            scheduler, skipped = pipeline.scheduler, plan.skipped_steps
+            pipeline.unet = control.listening(unet, said, scheduler, skipped)
+        return pipeline
+
+
+def _load_controlnets(
+    store: PipelineStore, spec: BaseModelSpec, plan: ControlsPlan
+) -> dict[str, nn.Module]:
+    """Those that count at all, by catalog entry."""
+    needed = {c.weights for c in plan.controls if c.conditioning_scale > 0}
+    beside = {spec.weights, *needed}
+    return {weights: store.load_controlnet(weights, beside) for weights in sorted(needed)}
 
 
 def _encode(

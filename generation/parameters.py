@@ -47,6 +47,15 @@ def describe(
             settings["Denoising strength"] = f"{plan.hires.strength:g}"
         settings["Hires resize"] = f"{plan.hires.width}x{plan.hires.height}"
         settings["Hires upscaler"] = _A1111_UPSCALERS[plan.upscaler]
+    for k, control in enumerate(plan.controls.controls):
+        told = {
+            "Module": control.annotator or "none",
+            "Model": control.weights,
+            "Weight": f"{control.conditioning_scale:g}",
+            "Guidance Start": f"{control.start:g}",
+            "Guidance End": f"{control.end:g}",
+        }
+        settings[f"ControlNet {k}"] = ", ".join(f"{name}: {value}" for name, value in told.items())
     if plan.upscale > 1:
         settings["Postprocess upscale by"] = plan.upscale
         settings["Postprocess upscaler"] = _A1111_UPSCALERS[plan.upscaler]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -118,9 +118,17 @@ class PipelineStore:
         if known is not None and known.parts["tokenizer_2"] is not base.parts["tokenizer_2"]:
             # It has parts of a base that was dropped: by budget, a refiner leaves before.
             del self._loaded[refiner.weights]
-        return self._get(refiner.weights, lambda: self._read_refiner(refiner, base), spec.weights)
+        return self._get(refiner.weights, lambda: self._read_refiner(refiner, base), [spec.weights])
 
-    def _get(self, weights: str, read: Callable[[], LoadedModel], beside: str = "") -> LoadedModel:
+    def load_controlnet(self, weights: str, beside: Collection[str]) -> nn.Module:
+        """The ControlNet of this catalog entry; what `beside` names stays in memory for it."""
+        loaded = self._get(weights, lambda: self._read_controlnet(weights), beside)
+        (net,) = loaded.modules()
+        return net
+
+    def _get(
+        self, weights: str, read: Callable[[], LoadedModel], beside: Collection[str] = ()
+    ) -> LoadedModel:
         """What is loaded of these weights, or read now; `beside` must stay for it."""
         if weights not in self._loaded:
             model = read()
@@ -131,12 +139,12 @@ class PipelineStore:
         self._loaded.move_to_end(weights)
         return self._loaded[weights]
 
-    def _make_room(self, model: LoadedModel, beside: str) -> None:
+    def _make_room(self, model: LoadedModel, beside: Collection[str]) -> None:
         """Let go of the models that were used longest ago until this one fits in."""
         for weights in list(self._loaded):
             if self._budget is None or _bytes([model, *self._loaded.values()]) <= self._budget:
                 break
-            if weights != beside:
+            if weights not in beside:
                 print(f"{weights} leaves the memory, for MAX_MODEL_GB", flush=True)
                 del self._loaded[weights]
                 gc.collect()
@@ -230,6 +238,19 @@ class PipelineStore:
             **{name: index[name] for name in settings},
         }
         return LoadedModel(parts, _scheduler_config(folder))
+
+    def _read_controlnet(self, weights: str) -> LoadedModel:
+        import diffusers
+
+        (described,) = cache.ensure(weights, self._edition).rglob("config.json")
+        folder = described.parent
+        config = json.loads(described.read_text(encoding="utf-8"))
+        # Some were published as pickles only, of which diffusers reads nothing but the weights.
+        safe = any(folder.glob("*.safetensors"))
+        net = getattr(diffusers, config["_class_name"]).from_pretrained(
+            folder, variant=_variant(folder), dtype=self._dtype, use_safetensors=safe
+        )
+        return LoadedModel({"controlnet": net.eval()}, {})
 
 
 def _scheduler_config(folder: Path) -> Mapping[str, object]:

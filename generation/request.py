@@ -7,8 +7,11 @@ from enum import StrEnum
 from pathlib import Path
 
 from generation.base_models import FEW_STEPS_OUTPUTS, BaseModelSpec, Guidance
+from generation.controlnets import NO_CONTROL, ControlRequest, ControlsPlan, resolve_controls
 from generation.errors import InvalidRequest
+from generation.rules import one_of, within
 from generation.schedulers import SCHEDULERS, ScheduleType
+from preprocess.annotators import AnnotatorSettings
 from preprocess.images import MAX_IMAGE_PIXELS
 from weights.references import Source, Tokens, parse_source, shown
 
@@ -146,6 +149,11 @@ class GenerationRequest:
     inpaint_area: str
     inpaint_padding: int  # pixels
     outpaint: Margins
+    controls: tuple[ControlRequest, ...]
+    canny_low_threshold: int  # of a gradient, 1 to 255: an edge goes on down to this
+    canny_high_threshold: int  # and starts at this
+    return_control_maps: bool  # before the pictures
+    control_maps_only: bool  # instead of pictures
     refine: str
     high_noise_frac: float  # the base model's share of the noise levels
     refine_steps: int | None
@@ -233,6 +241,7 @@ class GenerationPlan:
     clip_skip: int
     strength: float  # 1 except where an image is given
     repaint: RepaintPlan | None
+    controls: ControlsPlan
     refine: RefinePlan | None
     weights: tuple[WeightsUse, ...]  # the first: replicate_weights or the operator's
     tokens: Tokens
@@ -273,9 +282,16 @@ def resolve_mode(request: GenerationRequest) -> Mode:
 
 
 def resolve(
-    request: GenerationRequest, spec: BaseModelSpec, image_size: tuple[int, int] | None
+    request: GenerationRequest,
+    spec: BaseModelSpec,
+    image_size: tuple[int, int] | None,
+    control_size: tuple[int, int] | None = None,
 ) -> GenerationPlan:
-    """Check every rule and fill in the model's defaults; `image_size` is (width, height) in pixels.
+    """Check every rule and fill in the model's defaults.
+
+    Args:
+        image_size: (width, height) in pixels of the image, if there is one.
+        control_size: the same of the first control's; without an image, pictures have its shape.
 
     Raises:
         InvalidRequest: naming the value, the rule and the remedy.
@@ -285,7 +301,14 @@ def resolve(
     _check(request)
     weights = _weights(request)
     _check_model(request, spec)
-    width, height = _size(request, mode, spec, image_size)
+    controls = resolve_controls(
+        request.controls,
+        AnnotatorSettings(request.canny_low_threshold, request.canny_high_threshold),
+        request.return_control_maps,
+        request.control_maps_only,
+        spec,
+    )
+    width, height = _size(request, mode, spec, image_size or control_size)
     guidance = request.guidance_scale
     guidance = spec.guidance_scale if guidance is None else guidance
     scheduler = spec.scheduler if request.scheduler is None else request.scheduler
@@ -313,6 +336,7 @@ def resolve(
         clip_skip=_clip_skip(request, spec),
         strength=strength,
         repaint=_repaint(request) if mode in (Mode.INPAINT, Mode.OUTPAINT) else None,
+        controls=controls,
         refine=_refine(request, spec, scheduler, steps),
         weights=weights,
         tokens=Tokens(request.hf_api_token or None, request.civitai_api_token or None),
@@ -332,43 +356,30 @@ def resolve(
 
 def _check(request: GenerationRequest) -> None:
     """The rules that concern one value each."""
-    _one_of("scheduler", request.scheduler, list(SCHEDULERS))
-    _one_of("aspect_ratio", request.aspect_ratio, list(AspectRatio))
-    _one_of("schedule_type", request.schedule_type, list(ScheduleType))
-    _one_of("masked_content", request.masked_content, list(MaskedContent))
-    _one_of("inpaint_area", request.inpaint_area, list(InpaintArea))
-    _one_of("refine", request.refine, list(Refine))
-    _one_of("upscale", request.upscale, list(Upscale))
-    _one_of("upscaler", request.upscaler, list(Upscaler))
-    _within("hires_fix", request.hires_fix, 1, MAX_HIRES_FACTOR)
-    _within("hires_strength", request.hires_strength, 0, 1)
-    _one_of("output_format", request.output_format, list(OutputFormat))
-    _within("output_quality", request.output_quality, 1, MAX_OUTPUT_QUALITY)
-    _within("num_outputs", request.num_outputs, 1, MAX_NUM_OUTPUTS)
-    _within("num_inference_steps", request.num_inference_steps, 1, MAX_NUM_INFERENCE_STEPS)
-    _within("guidance_scale", request.guidance_scale, 0, MAX_GUIDANCE_SCALE)
-    _within("prompt_strength", request.prompt_strength, 0, 1)
-    _within("mask_blur", request.mask_blur, 0, MAX_MASK_BLUR)
-    _within("inpaint_padding", request.inpaint_padding, 0, MAX_INPAINT_PADDING)
-    _within("high_noise_frac", request.high_noise_frac, 0, 1)
-    _within("refine_steps", request.refine_steps, 1, MAX_NUM_INFERENCE_STEPS)
-    _within("lora_scale", request.lora_scale, -MAX_LORA_SCALE, MAX_LORA_SCALE)
+    one_of("scheduler", request.scheduler, list(SCHEDULERS))
+    one_of("aspect_ratio", request.aspect_ratio, list(AspectRatio))
+    one_of("schedule_type", request.schedule_type, list(ScheduleType))
+    one_of("masked_content", request.masked_content, list(MaskedContent))
+    one_of("inpaint_area", request.inpaint_area, list(InpaintArea))
+    one_of("refine", request.refine, list(Refine))
+    one_of("upscale", request.upscale, list(Upscale))
+    one_of("upscaler", request.upscaler, list(Upscaler))
+    within("hires_fix", request.hires_fix, 1, MAX_HIRES_FACTOR)
+    within("hires_strength", request.hires_strength, 0, 1)
+    one_of("output_format", request.output_format, list(OutputFormat))
+    within("output_quality", request.output_quality, 1, MAX_OUTPUT_QUALITY)
+    within("num_outputs", request.num_outputs, 1, MAX_NUM_OUTPUTS)
+    within("num_inference_steps", request.num_inference_steps, 1, MAX_NUM_INFERENCE_STEPS)
+    within("guidance_scale", request.guidance_scale, 0, MAX_GUIDANCE_SCALE)
+    within("prompt_strength", request.prompt_strength, 0, 1)
+    within("mask_blur", request.mask_blur, 0, MAX_MASK_BLUR)
+    within("inpaint_padding", request.inpaint_padding, 0, MAX_INPAINT_PADDING)
+    within("high_noise_frac", request.high_noise_frac, 0, 1)
+    within("refine_steps", request.refine_steps, 1, MAX_NUM_INFERENCE_STEPS)
+    within("lora_scale", request.lora_scale, -MAX_LORA_SCALE, MAX_LORA_SCALE)
     for k, scale in enumerate(request.lora_scales):
-        _within(f"lora_scales[{k}]", scale, -MAX_LORA_SCALE, MAX_LORA_SCALE)
-    _within("seed", request.seed, 0, SEEDS - 1)
-
-
-def _one_of(name: str, value: str | None, names: list[str]) -> None:
-    if value is not None and value not in names:
-        raise InvalidRequest(
-            f"{name} {value!r} is not known; choose one of {', '.join(map(str, names))}"
-        )
-
-
-def _within(name: str, value: float | None, low: float, high: float) -> None:
-    # Written so that NaN fails too.
-    if value is not None and not low <= value <= high:
-        raise InvalidRequest(f"{name} is {value}; it must be from {low} to {high}")
+        within(f"lora_scales[{k}]", scale, -MAX_LORA_SCALE, MAX_LORA_SCALE)
+    within("seed", request.seed, 0, SEEDS - 1)
 
 
 def _at_least_one_step(strength: float, steps: int, most: int) -> tuple[float, int]:
@@ -386,7 +397,7 @@ def _at_least_one_step(strength: float, steps: int, most: int) -> tuple[float, i
 # Never written into files: secrets, files of the client's, and what other lines say.
 _NOT_TOLD = {
     *("hf_api_token", "civitai_api_token", "image", "mask"),
-    *("prompt", "negative_prompt", "seed", "num_outputs", "outpaint"),
+    *("prompt", "negative_prompt", "seed", "num_outputs", "outpaint", "controls"),
     *("output_format", "output_quality", "embed_parameters"),
 }
 
@@ -401,6 +412,15 @@ def _asked(request: GenerationRequest) -> dict[str, object]:
     }
     for side, margin in vars(request.outpaint).items():
         told[f"outpaint_{side}"] = margin
+    for k, control in enumerate(request.controls, 1):
+        if control.kind != NO_CONTROL:
+            told |= {
+                f"controlnet_{k}": control.kind,
+                f"controlnet_{k}_conditioning_scale": control.conditioning_scale,
+                f"controlnet_{k}_start": control.start,
+                f"controlnet_{k}_end": control.end,
+                f"controlnet_{k}_is_map": control.is_map,
+            }
     if request.replicate_weights:
         told["replicate_weights"] = shown(request.replicate_weights.strip())
     if request.loras:

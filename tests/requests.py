@@ -1,7 +1,9 @@
 """A request with every value as predict.py's defaults have it; tests change what they test."""
 
+from generation.controlnets import ControlRequest
 from generation.request import GenerationRequest, Margins
 
+NO_CONTROL = ControlRequest("none", None, conditioning_scale=0.75, start=0, end=1, is_map=False)
 REQUEST = GenerationRequest(
     model=None,
     prompt="a large red circle on a blue background",
@@ -25,6 +27,11 @@ REQUEST = GenerationRequest(
     inpaint_area="whole_picture",
     inpaint_padding=32,
     outpaint=Margins(0, 0, 0, 0),
+    controls=(NO_CONTROL,) * 3,
+    canny_low_threshold=100,
+    canny_high_threshold=200,
+    return_control_maps=False,
+    control_maps_only=False,
     refine="no_refiner",
     high_noise_frac=0.8,
     refine_steps=None,

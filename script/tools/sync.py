@@ -7,7 +7,8 @@ In predict.py and train.py a comment marks a list of names that repeats a regist
 
 In README.md the inputs stand between `<!-- inputs:begin -->` and `<!-- inputs:end -->`, and those
 of training, when cog.yaml names it, between `<!-- training-inputs:begin -->` and its end. The
-models stand between `<!-- models:begin -->` and its end, where there is such a region.
+models stand between `<!-- models:begin -->` and its end, where there is such a region, and the
+kinds of control between `<!-- controls:begin -->` and its end.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from script.tools.cog_config import ConfigError, read_config
 from script.tools.cog_model import InputField, Mode
 from script.tools.cog_rules import SchemaError
 from script.tools.cog_source import read_signature
+from script.tools.control_table import control_table
 from script.tools.model_table import model_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,6 +87,8 @@ def synchronise(root: Path) -> tuple[dict[str, str], list[Region]]:
     texts[readme] = _read(root, readme)
     if "<!-- models:begin -->" in texts[readme]:
         tables.append(("models", model_table()))
+    if "<!-- controls:begin -->" in texts[readme]:
+        tables.append(("controls", control_table()))
     for name, table in tables:
         wanted = replace_table(texts[readme], readme, name, table)
         if wanted != texts[readme]:

@@ -4,10 +4,13 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from generation.base_models import SDXL
 from generation.engine import Engine
 from generation.errors import InvalidRequest
+from generation.pipelines import PipelineStore
 from weights import cache
 from weights.catalog import CATALOG, Edition
 from weights.miniature.evaluate import FOLDER
@@ -52,3 +55,44 @@ def test_the_full_editions_sizes_are_sdxls(full_engine, make):
         make(engine=full_engine, width=128)
     made = make(engine=full_engine, width=256, height=264, num_inference_steps=1)
     assert made.pictures[0].size == (256, 264)
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "pickle", "subfolder"])
+def test_controlnets_load_as_they_are_published(tmp_path, monkeypatch, layout):
+    """SD 2.1's are pickles, of which only weights are read; one lies in a folder called v2."""
+    name = "controlnet-canny-sd15"
+    source = cache.ensure(name, Edition.MINIATURE)
+    (weights,) = source.glob("*.safetensors")
+    folder = tmp_path / name / ("v2" if layout == "subfolder" else "")
+    folder.mkdir(parents=True)
+    shutil.copy(source / "config.json", folder)
+    if layout == "pickle":
+        torch.save(load_file(weights), folder / "diffusion_pytorch_model.bin")
+    elif layout == "subfolder":
+        shutil.copy(weights, folder / "diffusion_pytorch_model.safetensors")
+    else:
+        shutil.copy(weights, folder)
+    monkeypatch.setattr(cache, "ensure", lambda name, edition: tmp_path / name)
+    store = PipelineStore(Edition.FULL, torch.device("cpu"), torch.float32)
+    net = store.load_controlnet(name, [])
+    assert not net.training
+    assert net.dtype == torch.float32
+    expected = load_file(weights)
+    loaded = net.state_dict()
+    assert set(loaded) == set(expected)
+    assert all(torch.equal(loaded[key], expected[key].float()) for key in expected)
+    assert store.load_controlnet(name, []) is net
+
+
+def test_a_hostile_pickle_is_no_controlnet(tmp_path, monkeypatch):
+    class Hostile:
+        def __reduce__(self):
+            return (type(tmp_path).touch, (tmp_path / "touched",))
+
+    shutil.copy(cache.ensure("controlnet-canny-sd15", Edition.MINIATURE) / "config.json", tmp_path)
+    torch.save(Hostile(), tmp_path / "diffusion_pytorch_model.bin")
+    monkeypatch.setattr(cache, "ensure", lambda name, edition: tmp_path)
+    store = PipelineStore(Edition.FULL, torch.device("cpu"), torch.float32)
+    with pytest.raises(Exception, match=r"(?i)weights.only|pickle|unable to load"):
+        store.load_controlnet("controlnet-canny-sd15", [])
+    assert not (tmp_path / "touched").exists()

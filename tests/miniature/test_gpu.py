@@ -7,12 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
+from generation.controlnets import ControlRequest
 from generation.engine import Engine
 from generation.request import Margins
 from generation.safety import SafetyChecker
 from tests.miniature import concept, safety_bars
 from tests.miniature import training_bars as bars
 from tests.miniature.stock import COG_ARCHIVE, TYPED
+from tests.requests import NO_CONTROL
 from training import learner, loop
 from training.base_models import MINIATURE_SDXL, Method
 from training.model import load
@@ -79,6 +81,14 @@ def test_a_gpu_makes_the_cpus_picture(gpu, make, files, mode):
     changes = {k: files.get(v, v) if isinstance(v, str) else v for k, v in MODES[mode].items()}
     (here,), (there,) = make(engine=gpu, **changes).pictures, make(**changes).pictures
     (other,) = make(**{**changes, "seed": 99}).pictures
+    assert difference(here, there) < CLOSE < difference(other, there)
+
+
+def test_a_gpu_makes_the_cpus_picture_under_control(gpu, make, files):
+    edges = ControlRequest("edge_canny", files["picture"], 0.75, 0, 1, is_map=False)
+    controlled = {"controls": (edges, edges, NO_CONTROL)}
+    (here,), (there,) = (make(**e, **controlled).pictures for e in ({"engine": gpu}, {}))
+    (other,) = make().pictures
     assert difference(here, there) < CLOSE < difference(other, there)
 
 

@@ -16,6 +16,7 @@ from generation import canvas
 from generation.base_models import MINIATURE_SDXL, SDXL
 from generation.blending import MAX_TONE_OFFSET, feather, fill, tone_offset
 from generation.canvas import (
+    Covering,
     FittedSource,
     Frame,
     Repaint,
@@ -54,6 +55,36 @@ def circle(size: tuple[int, int], diameter: float) -> Image.Image:
     x, y, r = size[0] / 2, size[1] / 2, diameter / 2
     ImageDraw.Draw(picture).ellipse((x - r, y - r, x + r - 1, y + r - 1), fill="white")
     return picture
+
+
+@pytest.mark.parametrize("source", [(40, 24), (77, 31), (24, 96), (300, 200)])
+@pytest.mark.parametrize("size", [(40, 24), (64, 64), (24, 40)])
+def test_a_covering_shows_what_cover_crop_would(source, size):
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 255, (*source[::-1], 3), dtype=np.uint8))
+    whole = Covering(picture, size).look(Frame.whole(size, size), Image.Resampling.LANCZOS)
+    expected = cover_crop(picture, size)
+    difference = np.asarray(whole).astype(int) - np.asarray(expected)
+    assert np.abs(difference).max() <= 1
+
+
+def test_a_covering_shows_a_part_at_any_size():
+    x, y = np.meshgrid(np.arange(96), np.arange(48))
+    ramp = np.stack([2 * x, 4 * y, 0 * x], axis=-1).astype(np.uint8)
+    covering = Covering(Image.fromarray(ramp), (48, 48))  # the middle 48 columns, unscaled
+    frame = Frame((8, 16, 24, 32), (32, 32), (32, 32))
+    seen = np.asarray(covering.look(frame, Image.Resampling.BILINEAR)).astype(float)
+    columns = 24 + 8 + (np.arange(32) + 0.5) / 2 - 0.5
+    rows = 16 + (np.arange(32) + 0.5) / 2 - 0.5
+    assert np.abs(seen[..., 0] - 2 * columns).max() <= 1.5
+    assert np.abs(seen[..., 1] - 4 * rows[:, None]).max() <= 2.5
+    exact = covering.look(Frame((8, 16, 24, 32), (16, 16), (16, 16)), Image.Resampling.LANCZOS)
+    assert np.array_equal(np.asarray(exact), ramp[16:32, 32:48])
+
+
+def test_a_frame_lies_elsewhere_in_a_larger_picture():
+    frame = Frame((1, 2, 11, 12), (16, 16), (16, 16))
+    assert frame.moved(5, 7) == Frame((6, 9, 16, 19), (16, 16), (16, 16))
 
 
 # Cropping

@@ -1,0 +1,198 @@
+"""Every rule about controls: what is refused, before anything loads, and what comes of the rest."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from generation import controlnets
+from generation.base_models import BASE_MODELS, Lineage
+from generation.controlnets import CHOICES, CONTROLNETS, ControlRequest, kinds_of
+from generation.errors import InvalidRequest
+from generation.request import resolve
+from preprocess.annotators import ANNOTATORS
+from tests.requests import NO_CONTROL, REQUEST
+from weights.catalog import CATALOG, Edition
+
+FULL = BASE_MODELS[Edition.FULL]
+MINIATURE = BASE_MODELS[Edition.MINIATURE]
+PICTURE = Path("picture.png")
+EDGES = ControlRequest("edge_canny", PICTURE, 0.75, 0, 1, is_map=False)
+IMAGE_SIZE = (1024, 768)
+
+
+def plan(*controls: ControlRequest, model=FULL["sdxl"], **changes):
+    asked = (*controls, *[NO_CONTROL] * (3 - len(controls)))
+    request = replace(REQUEST, controls=asked, **changes)
+    return resolve(request, model, None, IMAGE_SIZE if controls else None)
+
+
+def refused(*controls: ControlRequest, **changes) -> str:
+    with pytest.raises(InvalidRequest) as caught:
+        plan(*controls, **changes)
+    return str(caught.value)
+
+
+# The registry
+
+
+def test_every_kind_has_files_or_none_for_each_lineage():
+    for kind in CONTROLNETS.values():
+        assert set(kind.weights) <= set(Lineage)
+        assert set(kind.weights.values()) <= set(CATALOG[Edition.FULL])
+        assert (kind.union_index is not None) == (kind.weights[Lineage.SDXL] == controlnets.UNION)
+        assert kind.annotator is None or kind.annotator in ANNOTATORS
+
+
+def test_the_eight_kinds_of_the_guide_are_there_for_every_family():
+    guide = ("edge_canny", "soft_edge_hed", "depth_midas", "openpose", "scribble")
+    for kind in (*guide, "segmentation", "normal_bae"):
+        assert set(CONTROLNETS[kind].weights) == set(Lineage)
+    assert set(CONTROLNETS["mlsd"].weights) == {Lineage.SDXL, Lineage.SD15}  # none for SD 2.1
+
+
+def test_fofrs_names_are_known():
+    names = "none edge_canny illusion depth_leres depth_midas soft_edge_pidi soft_edge_hed"
+    assert set(names.split()) | {"lineart", "lineart_anime", "openpose"} <= set(CHOICES)
+
+
+def test_union_indices_are_diffusers():
+    # xinsir/controlnet-union-sdxl-1.0: openpose, depth, thick lines, thin lines, normal, segment
+    wanted = {"openpose": 0, "depth_zoe": 1, "scribble": 2, "soft_edge_hed": 2, "soft_edge_pidi": 2}
+    wanted |= {"edge_canny": 3, "lineart": 3, "lineart_anime": 3, "mlsd": 3}
+    wanted |= {"normal_bae": 4, "segmentation": 5, "tile": 6}
+    assert {name: CONTROLNETS[name].union_index for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_models_are_controlled_by_their_lineages_controlnets(name):
+    lineage = FULL[name].lineage
+    assert kinds_of(FULL[name]) == [k for k, spec in CONTROLNETS.items() if lineage in spec.weights]
+    assert FULL["sd-turbo"].lineage == FULL["sd21"].lineage
+    assert FULL["lcm-dreamshaper"].lineage == FULL["sd15"].lineage
+
+
+# Plans
+
+
+def test_a_control_becomes_a_plan():
+    asked = replace(EDGES, conditioning_scale=1.5, start=0.25, end=0.5)
+    (control,) = plan(asked, canny_low_threshold=30, canny_high_threshold=90).controls.controls
+    assert (control.name, control.spec.name) == ("controlnet_1", "edge_canny")
+    assert (control.conditioning_scale, control.start, control.end) == (1.5, 0.25, 0.5)
+    assert control.annotator == "canny"
+
+
+def test_a_control_that_does_not_count_is_none():
+    nothing = replace(EDGES, conditioning_scale=0)
+    assert plan(nothing).controls.controls == ()
+    (control,) = plan(nothing, EDGES).controls.controls
+    assert control.name == "controlnet_2"
+    assert len(plan(nothing, EDGES, return_control_maps=True).controls.controls) == 2
+
+
+def test_controls_keep_their_inputs_names():
+    named = plan(NO_CONTROL, EDGES, replace(EDGES, kind="tile")).controls.controls
+    assert [control.name for control in named] == ["controlnet_2", "controlnet_3"]
+
+
+def test_a_map_needs_no_annotator():
+    (control,) = plan(replace(EDGES, is_map=True)).controls.controls
+    assert control.annotator is None
+
+
+@pytest.mark.parametrize("kind", ["tile", "illusion"])
+def test_some_pictures_are_maps_as_they_are(kind):
+    (control,) = plan(replace(EDGES, kind=kind)).controls.controls
+    assert control.annotator is None
+
+
+def test_pictures_have_the_first_controls_shape():
+    assert (plan().width, plan().height) == (1024, 1024)
+    shaped = plan(EDGES)
+    assert shaped.width / shaped.height == pytest.approx(4 / 3, rel=0.02)
+    given = plan(EDGES, width=768, height=1024)
+    assert (given.width, given.height) == (768, 1024)
+    assert plan(EDGES, width=1024).height == 768
+
+
+# What is refused
+
+
+def test_an_unknown_kind_lists_the_known_ones():
+    said = refused(replace(EDGES, kind="canny"))
+    assert "controlnet_1 'canny' is not known" in said
+    assert all(kind in said for kind in CHOICES)
+
+
+def test_a_missing_picture():
+    said = refused(NO_CONTROL, replace(EDGES, image=None))
+    assert "controlnet_2 is edge_canny, but controlnet_2_image is missing" in said
+    assert "controlnet_2_is_map=true" in said
+
+
+def test_a_picture_without_a_kind():
+    said = refused(replace(EDGES, kind="none"))
+    assert "controlnet_1_image is given, but controlnet_1 is 'none'" in said
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.5, 0.5), (0.6, 0.4), (1, 1), (0, 0)])
+def test_a_start_that_is_not_before_the_end(start, end):
+    said = refused(replace(EDGES, start=start, end=end))
+    assert f"controlnet_1_start is {start:g} and controlnet_1_end {end:g}" in said
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("conditioning_scale", -0.1),
+        ("conditioning_scale", 4.1),
+        ("conditioning_scale", float("nan")),
+        ("start", -0.1),
+        ("end", 1.1),
+    ],
+)
+def test_values_out_of_bounds(field, value):
+    said = refused(EDGES, EDGES, replace(EDGES, **{field: value}))
+    assert f"controlnet_3_{field} is {value}" in said
+
+
+@pytest.mark.parametrize(("low", "high"), [(100, 100), (200, 100), (0, 100), (100, 256)])
+def test_thresholds(low, high):
+    said = refused(EDGES, canny_low_threshold=low, canny_high_threshold=high)
+    assert "canny_" in said
+    assert "threshold" in said
+
+
+@pytest.mark.parametrize("kind", ["mlsd", "tile", "illusion"])
+@pytest.mark.parametrize("model", ["sd21", "sd-turbo"])
+def test_kinds_that_sd21_lacks(kind, model):
+    said = refused(replace(EDGES, kind=kind), model=FULL[model])
+    assert f"controlnet_1 is {kind}, and no ControlNet of that kind exists for {model}" in said
+    assert "(SD 2.1)" in said
+    assert "edge_canny" in said
+    assert kind not in said.partition("use one of")[2]
+
+
+def test_kinds_that_the_miniatures_lack():
+    said = refused(replace(EDGES, kind="openpose", is_map=True), model=MINIATURE["sd15"])
+    assert "is among the miniature weights for sd15" in said
+    assert plan(replace(EDGES, kind="openpose", is_map=True), model=MINIATURE["sdxl"])
+
+
+def test_annotators_that_the_miniatures_lack():
+    said = refused(replace(EDGES, kind="depth_midas"), model=MINIATURE["sdxl"])
+    assert "controlnet_1_is_map=true" in said
+    assert "WEIGHTS_EDITION=full" in said
+    assert plan(replace(EDGES, kind="depth_midas", is_map=True), model=MINIATURE["sdxl"])
+    assert plan(EDGES, model=MINIATURE["sdxl"])  # Canny needs no weights
+
+
+@pytest.mark.parametrize("name", ["return_control_maps", "control_maps_only"])
+def test_maps_of_no_control(name):
+    assert f"{name} is on, but there is no control" in refused(**{name: True})
+
+
+def test_maps_alone_are_returned():
+    assert plan(EDGES, control_maps_only=True).controls.returned
+    assert not plan(EDGES).controls.returned
