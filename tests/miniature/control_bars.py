@@ -1,0 +1,361 @@
+"""How well pictures follow their controls: `python -m tests.miniature.control_bars`.
+
+Every picture goes through the engine. Maps come from scenes whose shape, place and size are known;
+the prompt names the shape, and colours other than the scene's. What is measured is the picture's
+own: its edges, or where the judge of the picture world sees the shape. Rates are in [0, 1].
+`--grid FILE` also writes a picture with a row for each kind: source, map and results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+
+from generation.controlnets import ControlRequest
+from tests.miniature.mode_bars import SIDE, Bench, open_bench
+from tests.miniature.model_bars import grid
+from tests.requests import NO_CONTROL
+from weights.miniature.controls import MAPS, STRAIGHT, Subject, random_pose
+from weights.miniature.world import (
+    COLOURS,
+    SHAPES,
+    SIZES,
+    place,
+    read_picture,
+)
+
+SEEDS = 16
+TOLERANCE = 2  # pixels between two edges that are one
+COLOURS_KEPT = 0.8  # bar: pictures in the prompt's colours
+TWICE = 2.0  # bar: how many times the uncontrolled picture's score
+CONTRAST = 100  # 8-bit steps in some channel, so that a shape has edges for Canny
+SCALE = 1.0
+HALVES = 0.5  # bar: either half of a picture under two controls, each of which knows one half
+FEW_STEPS = ("sdxl-turbo", "sdxl-lcm", "sd15-lcm", "lcm-dreamshaper", "sd-turbo")
+FEW_STEPS_BAR = 0.5  # bar of their edges
+MODES = ("image to image", "inpainting")
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What controls a picture, and what is asked for beside it."""
+
+    subject: Subject
+    colour: str
+    background: str
+    seed: int
+
+    @property
+    def prompt(self) -> str:
+        what = "stick figure" if self.subject.pose is not None else self.subject.scene.shape
+        return f"a {self.colour} {what} on a {self.background} background"
+
+    @property
+    def mask(self) -> Mask:
+        return self.subject.mask(SIDE, SIDE) > 0.5
+
+
+Measure = Callable[[Case, Image.Image, Image.Image], float]  # of a case, its map and the picture
+
+
+def edges(picture: Image.Image) -> Mask:
+    return cv2.Canny(np.asarray(picture.convert("RGB")), 100, 200) > 0
+
+
+def edge_agreement(found: Mask, wanted: Mask, tolerance: int = TOLERANCE) -> float:
+    """F1 of edge pixels, each of which counts if one of the other's is within the tolerance."""
+    if not found.any() or not wanted.any():
+        return float(not found.any() and not wanted.any())
+    far_from_wanted, far_from_found = (ndimage.distance_transform_edt(~m) for m in (wanted, found))
+    precision = float((far_from_wanted[found] <= tolerance).mean())
+    recall = float((far_from_found[wanted] <= tolerance).mean())
+    return 2 * precision * recall / max(precision + recall, 1e-9)
+
+
+def overlap(a: Mask, b: Mask) -> float:
+    """Intersection over union."""
+    return float((a & b).sum() / max((a | b).sum(), 1))
+
+
+def edge_measure(case: Case, control: Image.Image, picture: Image.Image) -> float:
+    """F1 of the picture's edges and the map's lines."""
+    return edge_agreement(edges(picture), np.asarray(control.convert("L")) > 127)
+
+
+def region_measure(case: Case, control: Image.Image, picture: Image.Image) -> float:
+    """Overlap of what stands out in the picture, and the scene's shape."""
+    return overlap(read_picture(picture).mask, case.mask)
+
+
+def limbs_measure(case: Case, control: Image.Image, picture: Image.Image) -> float:
+    """Share of the skeleton that lies on the figure, and nowhere else does the figure lie.
+
+    F1 of both, within a limb's width.
+    """
+    found, wanted = read_picture(picture).mask, case.mask
+    near = case.subject.scene.radius * SIDE * 0.16
+    return edge_agreement(found, wanted, round(near))
+
+
+def colour_measure(case: Case, control: Image.Image, picture: Image.Image) -> float:
+    """1 for a picture whose blurred copy is the map; 0 for one that is 64 of 255 steps away."""
+    small = (SIDE // 8, SIDE // 8)
+    ours, wanted = (
+        np.asarray(p.convert("RGB").resize(small, Image.Resampling.BOX), dtype=float)
+        for p in (picture, control)
+    )
+    return max(0.0, 1 - float(np.abs(ours - wanted).mean()) / 64)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of control, the map that it takes, and its bar."""
+
+    name: str  # of generation.controlnets
+    map: str | None  # of weights.miniature.controls; None: ours, of the scene's picture
+    measure: Measure
+    bar: float
+    doubles: bool = True  # whether the bar is also TWICE the score without control
+    posed: bool = False
+    shapes: tuple[str, ...] = tuple(SHAPES)
+    own_colours: bool = False  # the map has the colours, so the prompt names the same
+
+
+KINDS = (
+    Kind("edge_canny", None, edge_measure, 0.6),
+    Kind("lineart", "lineart", region_measure, 0.6),
+    Kind("mlsd", "mlsd", region_measure, 0.6, shapes=STRAIGHT),
+    Kind("soft_edge_hed", "soft_edge", region_measure, 0.6),
+    Kind("scribble", "scribble", region_measure, 0.6),
+    Kind("depth_midas", "depth", region_measure, 0.6),
+    Kind("normal_bae", "normal", region_measure, 0.6),
+    Kind("segmentation", "segmentation", region_measure, 0.6),
+    Kind("openpose", "openpose", limbs_measure, 0.6, posed=True, doubles=False),
+    Kind("tile", "tile", colour_measure, 0.8, doubles=False, own_colours=True),
+)
+OF_SD = ("edge_canny", "depth_midas", "scribble", "segmentation")
+ROWS = (
+    *(("sdxl", kind) for kind in KINDS),
+    *((model, kind) for model in ("sd15", "sd21") for kind in KINDS if kind.name in OF_SD),
+)
+
+
+def cases(kind: Kind, count: int = SEEDS) -> list[Case]:
+    """Scenes of the kind's shapes, plain, anywhere and of any size; the same ones at each call."""
+    rng = np.random.default_rng(11)
+    made = []
+    for seed in range(count):
+        shape = kind.shapes[seed % len(kind.shapes)]
+        colour, background = _colours(rng)
+        size = str(rng.choice(list(SIZES)[1:]))
+        spot = str(rng.choice(["center", "left", "top", "bottom right", "top left"]))
+        scene = replace(place(shape, colour, background, size, spot, rng), texture="plain")
+        posed = random_pose(rng) if kind.posed else None
+        if not kind.own_colours:
+            colour, background = _colours(rng)
+        made.append(Case(Subject(scene, posed), colour, background, seed))
+    return made
+
+
+def _colours(rng: np.random.Generator) -> tuple[str, str]:
+    while True:
+        pair = [str(name) for name in rng.choice(list(COLOURS), 2, replace=False)]
+        values = np.array([COLOURS[name] for name in pair])
+        if np.abs(values[0] - values[1]).max() >= CONTRAST:
+            return pair[0], pair[1]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What became of a kind's cases."""
+
+    score: float  # with control
+    without: float  # the same prompts and seeds, uncontrolled
+    colours: float  # rate
+    shown: list[Image.Image]  # source, map and result of the first cases
+
+
+@functools.cache
+def _uncontrolled(bench: Bench, asked: tuple[tuple[str, object], ...]) -> Image.Image:
+    """The same prompt and seed: many kinds have the same cases."""
+    (picture,) = bench.make(**dict(asked))
+    return picture
+
+
+def measure(
+    bench: Bench, folder: Path, model: str, kind: Kind, count: int = SEEDS, **changes: object
+) -> Found:
+    """The kind's cases with and without control; `folder` is for its pictures."""
+    scores, plain, colours, shown = [], [], [], []
+    for case in cases(kind, count):
+        source = folder / f"{kind.name}-{case.seed}.png"
+        picture = case.subject.picture(SIDE, SIDE)
+        if kind.map is not None:
+            picture_of_map = Image.fromarray(MAPS[kind.map][0](case.subject, SIDE, SIDE))
+            picture_of_map.save(source)
+        else:
+            picture.save(source)
+        asked = {"model": model, "prompt": case.prompt, "seed": case.seed, **changes}
+        control = ControlRequest(kind.name, source, SCALE, 0, 1, is_map=kind.map is not None)
+        control_map, controlled = bench.make(
+            controls=(control, NO_CONTROL, NO_CONTROL), return_control_maps=True, **asked
+        )
+        uncontrolled = _uncontrolled(bench, tuple(asked.items()))
+        scores.append(kind.measure(case, control_map, controlled))
+        plain.append(kind.measure(case, control_map, uncontrolled))
+        seen = read_picture(controlled)
+        colours.append((seen.colour, seen.background) == (case.colour, case.background))
+        shown += [picture, control_map, controlled]
+    return Found(float(np.mean(scores)), float(np.mean(plain)), float(np.mean(colours)), shown)
+
+
+def measure_mode(
+    bench: Bench, folder: Path, mode: str, kind: Kind, count: int = SEEDS
+) -> tuple[float, float]:
+    """Score and uncontrolled score where the shape is drawn into a plain picture."""
+    scores: tuple[list[float], list[float]] = ([], [])
+    for case in cases(kind, count):
+        photo = case.subject.picture(SIDE, SIDE)
+        photo.save(folder / "photo.png")
+        asked = ControlRequest(kind.name, folder / "photo.png", SCALE, 0, 1, is_map=False)
+        plain = Image.new("RGB", (SIDE, SIDE), COLOURS[case.background])
+        mask = Image.new("L", (SIDE, SIDE))
+        mask.paste(255, (8, 8, SIDE - 8, SIDE - 8))
+        for found, controls in (
+            (scores[0], (asked, NO_CONTROL, NO_CONTROL)),
+            (scores[1], (NO_CONTROL,) * 3),
+        ):
+            picture = bench.make(
+                plain,
+                mask if mode == "inpainting" else None,
+                prompt=case.prompt,
+                seed=case.seed,
+                prompt_strength=0.95 if mode == "image to image" else 1.0,
+                controls=controls,
+            )[-1]
+            found.append(kind.measure(case, _edges_of(photo), picture))
+    return float(np.mean(scores[0])), float(np.mean(scores[1]))
+
+
+def _edges_of(picture: Image.Image) -> Image.Image:
+    return Image.fromarray(edges(picture).astype(np.uint8) * 255)
+
+
+@dataclass(frozen=True)
+class Halves:
+    """A picture whose left half has an edge map, and whose right half has a segment map."""
+
+    edges: float  # F1 of the left half
+    segments: float  # overlap in the right half
+    without: tuple[float, float]  # the same, uncontrolled
+
+
+def measure_halves(bench: Bench, folder: Path, model: str, count: int = SEEDS) -> Halves:
+    """Two controls at once, each of which is black where the other one knows something."""
+    rows = []
+    half = SIDE // 2
+    shapes = ("circle", "square", "diamond", "cross")  # with as much on the left as on the right
+    kind = replace(KINDS[0], shapes=shapes)
+    for case in cases(kind, count):
+        scene = replace(case.subject.scene, x=0.5)
+        case = replace(case, subject=Subject(scene))
+        left, right = (
+            MAPS["canny"][0](case.subject, SIDE, SIDE).copy(),
+            MAPS["segmentation"][0](case.subject, SIDE, SIDE).copy(),
+        )
+        left[:, half:] = 0
+        right[:, :half] = 0
+        controls = []
+        for name, pixels in (("edge_canny", left), ("segmentation", right)):
+            Image.fromarray(pixels).save(folder / f"{name}.png")
+            controls.append(ControlRequest(name, folder / f"{name}.png", SCALE, 0, 1, is_map=True))
+        asked = {"model": model, "prompt": case.prompt, "seed": case.seed}
+        (both,) = bench.make(controls=(*controls, NO_CONTROL), **asked)
+        (plain,) = bench.make(**asked)
+        scores = []
+        for picture in (both, plain):
+            found = edges(picture)[:, :half]
+            region = read_picture(picture).mask[:, half:]
+            agreement = edge_agreement(found, left[:, :half, 0] > 127)
+            scores += [agreement, overlap(region, case.mask[:, half:])]
+        rows.append(scores)
+    mean = np.mean(rows, axis=0)
+    return Halves(float(mean[0]), float(mean[1]), (float(mean[2]), float(mean[3])))
+
+
+def meets(kind: Kind, found: Found) -> bool:
+    doubled = not kind.doubles or found.score >= TWICE * found.without
+    return found.score >= kind.bar and doubled and found.colours >= COLOURS_KEPT
+
+
+def report(bench: Bench, folder: Path, grid_file: Path | None, count: int) -> bool:
+    """Print the table; whether every bar is met."""
+    quiet = contextlib.redirect_stdout(sys.stderr)  # the engine says its seeds
+    print(f"**Pictures that follow a control, {count} seeds each**\n")
+    headings = ("model", "kind", "measured", "controlled", "without", "bar", "prompt's colours")
+    print(f"| {' | '.join(headings)} |\n{'|---' * len(headings)}|")
+    rows: dict[str, list[Image.Image]] = {}
+    good = True
+    for model, kind in ROWS:
+        with quiet:
+            found = measure(bench, folder, model, kind, count)
+        rows[f"{model} {kind.name}"] = found.shown[:9]
+        name = kind.measure.__name__.removesuffix("_measure")
+        bar = f"≥ {kind.bar:g}" + (f", ≥ {TWICE:g} x" if kind.doubles else "")
+        good &= meets(kind, found)
+        mark = "" if meets(kind, found) else " (missed)"
+        cells = (model, kind.name, name, f"{found.score:.2f}", f"{found.without:.2f}", bar + mark)
+        print(f"| {' | '.join(cells)} | {found.colours:.0%} |", flush=True)
+    print("\n**`edge_canny` with models of few steps**\n")
+    print("| model | edges, controlled | without | prompt's colours |\n|---|---|---|---|")
+    for model in FEW_STEPS:
+        with quiet:
+            found = measure(bench, folder, model, KINDS[0], count)
+        print(f"| {model} | {found.score:.2f} | {found.without:.2f} | {found.colours:.0%} |")
+    print("\n**`edge_canny` in other modes, drawn into a plain picture**\n")
+    print("| mode | edges, controlled | without |\n|---|---|---|")
+    for mode in MODES:
+        with quiet:
+            score, without = measure_mode(bench, folder, mode, KINDS[0], count)
+        print(f"| {mode} | {score:.2f} | {without:.2f} |", flush=True)
+    print("\n**Two controls: edges on the left, segments on the right**\n")
+    print("| model | edges left | segments right | without | bar |\n|---|---|---|---|---|")
+    for model in ("sdxl", "sd15"):
+        with quiet:
+            halves = measure_halves(bench, folder, model, count)
+        plain = " and ".join(f"{score:.2f}" for score in halves.without)
+        both = f"{halves.edges:.2f} | {halves.segments:.2f}"
+        print(f"| {model} | {both} | {plain} | ≥ {HALVES:g} each |", flush=True)
+        good &= min(halves.edges, halves.segments) >= HALVES
+    if grid_file is not None:
+        grid(rows, label=170).save(grid_file, optimize=True)
+    return good
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--grid", type=Path, help="where to write the picture of all kinds")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/controls"))
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(exist_ok=True, parents=True)
+    with open_bench() as bench:
+        if not report(bench, arguments.folder, arguments.grid, arguments.seeds):
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
