@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weights.trained import LoraDelta, Pooling, TokenVectors, TrainedWeights
+from generation import merging
+from weights.trained import Pooling, TokenVectors, TrainedWeights
 from weights.trained_types import TEXT_ENCODERS, UNET
 
 _TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
@@ -83,8 +84,9 @@ class AdapterSlot:
             if isinstance(module := parts.get(part), nn.Module)
             for name, parameter in module.named_parameters()
         }
-        self._pristine: dict[str, Tensor] = {}  # on the CPU, of every parameter changed so far
+        self._pristine: dict[str, Tensor] = {}  # of every parameter changed so far
         self._changed: set[str] = set()
+        self._batches = merging.Batches(self._parameters)
         self._embeddings: dict[str, nn.Parameter] = {}  # part → its own token embeddings
         self._pooling: int | None = None  # the second encoder's own eos_token_id
         self._tokenizers: dict[tuple[tuple[str, ...], str], Any] = {}
@@ -137,20 +139,28 @@ class AdapterSlot:
         self._merged = adapters
 
     def _merge(self, adapter: Adapter) -> None:
-        for name, value in adapter.weights.parameters.items():
-            self._write(name, value)
-        if adapter.scale == 0:
+        weights = adapter.weights
+        lora = weights.lora if adapter.scale != 0 else {}
+        self._remember([*weights.parameters, *(f"{module}.weight" for module in lora)])
+        for name, value in weights.parameters.items():
+            self._write([name], [value])
+        if not lora:
             return
-        for module, delta in adapter.weights.lora.items():
-            name = f"{module}.weight"
-            self._write(name, merged(self._parameters[name], delta, adapter.scale))
+        for batch in self._batches.of(weights):
+            parameters = [self._parameters[name] for name in batch.names]
+            self._write(batch.names, batch.merged(parameters, adapter.scale))
 
-    def _write(self, name: str, value: Tensor) -> None:
-        parameter = self._parameters[name]
-        if name not in self._pristine:
-            self._pristine[name] = parameter.detach().to("cpu", copy=True)
-        self._changed.add(name)
-        parameter.copy_(value)
+    def _remember(self, names: Sequence[str]) -> None:
+        """Pristine values of parameters that are about to change for the first time."""
+        new = [name for name in dict.fromkeys(names) if name not in self._pristine]
+        if new:
+            copies = merging.copies([self._parameters[name] for name in new])
+            self._pristine.update(zip(new, copies, strict=True))
+
+    def _write(self, names: Sequence[str], values: Sequence[Tensor]) -> None:
+        """Change parameters that are remembered."""
+        self._changed.update(names)
+        merging.copy_all([self._parameters[name] for name in names], values)
 
     def _extend_vocabulary(self, trained: Sequence[TrainedWeights]) -> Mapping[str, object]:
         """Rows for new tokens in both text encoders; returns tokenizers that know them."""
@@ -212,9 +222,11 @@ class AdapterSlot:
         if self._pooling is not None:
             self._parts["text_encoder_2"].text_model.eos_token_id = self._pooling  # type: ignore[attr-defined]
             self._pooling = None
-        for name in list(self._changed):
-            self._parameters[name].copy_(self._pristine[name])
-            self._changed.discard(name)
+        changed = list(self._changed)
+        merging.copy_all(
+            [self._parameters[name] for name in changed], [self._pristine[name] for name in changed]
+        )
+        self._changed.clear()
 
 
 def _same(first: Sequence[Adapter], second: Sequence[Adapter]) -> bool:
@@ -222,21 +234,3 @@ def _same(first: Sequence[Adapter], second: Sequence[Adapter]) -> bool:
     return len(first) == len(second) and all(
         a.weights is b.weights and a.scale == b.scale for a, b in zip(first, second, strict=True)
     )
-
-
-def merged(parameter: Tensor, delta: LoraDelta, scale: float) -> Tensor:
-    """W + scale * (alpha / rank) * up @ down, in fp32 (arXiv:2106.09685, equation 3).
-
-    With a DoRA magnitude m: m * W' / ||W'||, W' being the above (arXiv:2402.09353, equation 5).
-    """
-    down, up = (t.to(parameter.device, torch.float32).flatten(1) for t in (delta.down, delta.up))
-    factor = scale * delta.alpha / down.shape[0]
-    weight = parameter.float().flatten(1).addmm(up, down, alpha=factor)
-    if delta.dora_scale is not None:
-        # One magnitude for each output, or for each input (LyCORIS): the norm is over the rest.
-        magnitude = delta.dora_scale.to(weight)
-        weight = weight.view(parameter.shape)
-        over = [d for d in range(weight.ndim) if magnitude.shape[d] == 1]
-        norm = torch.linalg.vector_norm(weight, dim=over, keepdim=True)
-        weight = weight * (magnitude / norm)
-    return weight.view(parameter.shape)

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from generation import adapters, engine, replaceable
+from generation import adapters, engine, merging, replaceable
 from generation.base_models import MINIATURE_SDXL
 from generation.engine import Engine
 from generation.errors import OutOfDeviceMemory
@@ -58,7 +58,7 @@ certificate = fake_web.certificate
 
 DEFAULT_SEQUENCES = 80
 SHELF_BYTES = 8_000_000  # less than all of FILES: some are read again and again
-MODULES = {module.__name__: module for module in (adapters, replaceable, engine)}
+MODULES = {module.__name__: module for module in (adapters, merging, replaceable, engine)}
 FUNCTIONS = {name: functions_of(module) for name, module in MODULES.items()}
 # What no request of these sequences runs, and what most run on their way out.
 NEVER = {"set_up", "replace_base", "load", "_repaint", "_repaint_once", "__init__"}
