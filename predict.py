@@ -96,20 +96,36 @@ class Predictor(BasePredictor):
         `weights` is COG_WEIGHTS, a path or an address as plain text whatever the annotation says.
         """
         try:
-            from generation.base_models import DEFAULT_BASE_MODEL, NAMES
-            from generation.engine import Engine
+            from generation.base_models import (
+                BASE_MODELS,
+                DEFAULT_BASE_MODEL,
+                NAMES,
+                SAFETY_ENTRIES,
+            )
             from weights.edition import (
                 model_budget,
+                requested_compiling,
                 requested_models,
                 resolve_device,
                 resolve_edition,
             )
+            from weights.read_ahead import read_ahead
 
             device = resolve_device()
             edition = resolve_edition(cuda_available=device == "cuda")
             model, preload = requested_models(NAMES, DEFAULT_BASE_MODEL)
+            models = BASE_MODELS[edition]
+            read_ahead([*SAFETY_ENTRIES, *(e for p in preload for e in models[p].entries)], edition)
+            from generation.engine import Engine  # seconds, in which the files are read
+
             self.folders = OutputFolders()
-            self.engine = Engine(edition, device, model=model, budget=model_budget(device))
+            self.engine = Engine(
+                edition,
+                device,
+                model=model,
+                budget=model_budget(device),
+                compiles=requested_compiling(),
+            )
             self.engine.load(str(weights) if weights else None, preload)
         except Exception:
             traceback.print_exc()  # Cog's server reports the message alone, and having heard it
@@ -181,6 +197,18 @@ class Predictor(BasePredictor):
             description="How closely to follow the prompt; up to 1 skips the guidance pass",
             ge=0,
             le=50,
+        ),
+        guidance_start: float = Input(
+            default=0,
+            description="Share of the steps after which guidance begins",
+            ge=0,
+            le=1,
+        ),
+        guidance_end: float = Input(
+            default=1,
+            description="Share of the steps after which guidance ends; the rest take half as long",
+            ge=0,
+            le=1,
         ),
         clip_skip: int = Input(
             default=1,
@@ -451,6 +479,8 @@ class Predictor(BasePredictor):
             schedule_type=schedule_type,
             num_inference_steps=_whole(num_inference_steps),
             guidance_scale=guidance_scale,
+            guidance_start=guidance_start,
+            guidance_end=guidance_end,
             clip_skip=int(clip_skip),
             prompt_strength=prompt_strength,
             mask_from_alpha=mask_from_alpha,

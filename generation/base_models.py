@@ -72,6 +72,14 @@ class BaseModelSpec:
     max_clip_skip: int = 1  # layers of the text encoder, counted from its end, that can be read
     max_num_outputs: int = 4
 
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The catalog entries that make the model, but for its refiner."""
+        own = (self.weights, self.adapter) if self.adapter else (self.weights,)
+        return (*own, *self.borrowed.values())
+
+
+SAFETY_ENTRIES = ("safety-checker", "nsfw-detection")  # what looks at every model's pictures
 
 FEW_STEPS_OUTPUTS = 16  # a few steps of sixteen pictures take no longer than many of two
 

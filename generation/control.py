@@ -2,15 +2,13 @@
 
 diffusers has a pipeline class of its own for each kind of ControlNet, model and mode. They differ
 from the ones without control in one place: what the ControlNets make of the UNet's input is added
-inside the UNet. Here that happens in front of the UNet's own call, so that the pipelines without
-control serve every mode, with whatever else those can do: masks that open step by step, models that
-are told their guidance, a refiner's hand-over.
+inside the UNet. Here that happens in front of the UNet's own pass (`generation/stand_ins.py`), so
+that the pipelines without control serve every mode, with whatever else those can do: masks that
+open step by step, models that are told their guidance, a refiner's hand-over.
 """
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 from generation.canvas import Covering, Frame
 from generation.controlnets import ControlPlan, ControlsPlan
+from generation.passes import Passes
+from generation.stand_ins import Forward, Progress
 from preprocess import annotators
 
 if TYPE_CHECKING:
-    from diffusers import ControlNetModel, SchedulerMixin, UNet2DConditionModel
+    from diffusers import ControlNetModel
 
 Residuals = tuple[list[torch.Tensor], torch.Tensor]  # for the UNet's skips, and for its middle
 
@@ -70,16 +69,20 @@ class ControlMaps:
 
 
 @dataclass(frozen=True)
+class Net:
+    """A ControlNet in memory."""
+
+    module: ControlNetModel  # or diffusers' ControlNetUnionModel
+    passes: Passes
+
+
+@dataclass(frozen=True)
 class Hint:
     """One ControlNet and what it is to say."""
 
     plan: ControlPlan
-    net: ControlNetModel  # or diffusers' ControlNetUnionModel
+    net: Net
     map: torch.Tensor  # (1, 3, H, W) in [0, 1]
-
-    def counts(self, step: int, steps: int) -> bool:
-        """Whether it counts at a step, as diffusers' pipelines decide it."""
-        return self.plan.start <= step / steps and (step + 1) / steps <= self.plan.end
 
     def residuals(
         self, sample: torch.Tensor, timestep: torch.Tensor, heard: Mapping[str, Any]
@@ -95,28 +98,25 @@ class Hint:
             "return_dict": False,
         }
         scale, index = float(self.plan.conditioning_scale), self.plan.spec.union_index
-        if not hasattr(self.net, "task_embedding"):  # one that knows a single kind of map
-            plain: Residuals = self.net(
-                sample, timestep, controlnet_cond=seen, conditioning_scale=scale, **said
-            )
-            return plain
-        types = sample.new_zeros(len(sample), self.net.config.num_control_type)
-        types[:, index] = 1
-        union: Residuals = self.net(
-            sample,
-            timestep,
-            controlnet_cond=[seen],
-            control_type=types,
-            control_type_idx=[index],
-            conditioning_scale=[scale],
-            **said,
-        )
-        return union
+        net = self.net.module
+        if not hasattr(net, "task_embedding"):  # one that knows a single kind of map
+            said |= {"controlnet_cond": seen, "conditioning_scale": scale}
+        else:
+            types = sample.new_zeros(len(sample), net.config.num_control_type)
+            types[:, index] = 1
+            said |= {
+                "controlnet_cond": [seen],
+                "control_type": types,
+                "control_type_idx": [index],
+                "conditioning_scale": [scale],
+            }
+        residuals: Residuals = self.net.passes.run("net", net, sample, timestep, **said)
+        return residuals
 
 
 def hints(
     plan: ControlsPlan,
-    nets: Mapping[str, nn.Module],
+    nets: Mapping[str, Net],
     maps: Mapping[str, Image.Image],
     device: torch.device,
     dtype: torch.dtype,
@@ -134,54 +134,31 @@ def _to_tensor(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
 
 
-def listening(
-    unet: UNet2DConditionModel, said: Sequence[Hint], scheduler: SchedulerMixin, skipped_steps: int
-) -> UNet2DConditionModel:
-    """The UNet for one pass, hearing ControlNets.
+def listening(forward: Forward, said: Sequence[Hint], progress: Progress) -> Forward:
+    """A UNet's forward pass, hearing ControlNets.
 
-    It is another object around the same modules: nothing is changed on the shared one, and a call
-    that is cancelled leaves nothing behind.
-
-    Args:
-        unet: the model's own.
-        said: what to hear. Each ControlNet looks at the picture for itself, and their answers are
-            added up (as diffusers' MultiControlNetModel does, for SDXL's union model too: there, a
-            scale of a map in a common look would not weigh what comes of it, and a map whose steps
-            are over would still be looked for).
-        scheduler: the pass's own, which the pipeline gives its timesteps.
-        skipped_steps: of the schedule, which the pass leaves out.
+    Each ControlNet looks at the picture for itself, and their answers are added up (as diffusers'
+    MultiControlNetModel does, for SDXL's union model too: there, a scale of a map in a common look
+    would not weigh what comes of it, and a map whose steps are over would still be looked for).
     """
-    twin = copy.copy(unet)
-    # The copy shares these too, until it has its own.
-    twin._forward_pre_hooks = OrderedDict()
-    twin._forward_pre_hooks_with_kwargs = OrderedDict()
-    twin.register_forward_pre_hook(_Ears(said, scheduler, skipped_steps), with_kwargs=True)
-    return twin
 
-
-class _Ears:
-    """Adds what ControlNets say to the arguments of a UNet's call, one call a step."""
-
-    def __init__(self, said: Sequence[Hint], scheduler: SchedulerMixin, skipped_steps: int) -> None:
-        self._said, self._scheduler, self._skipped = said, scheduler, skipped_steps
-        self._step = 0
-
-    def __call__(
-        self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        scheduler = self._scheduler
-        steps = len(scheduler.timesteps) - self._skipped * scheduler.order
-        sample, timestep = args
+    def call(sample: torch.Tensor, timestep: torch.Tensor, **others: Any) -> Any:  # noqa: ANN401
         total: Residuals | None = None
-        for hint in self._said:
-            if hint.counts(self._step, steps):
-                total = _sum(total, hint.residuals(sample, timestep, kwargs))
-        self._step += 1
+        for hint in said:
+            if progress.between(hint.plan.start, hint.plan.end):
+                total = _sum(total, hint.residuals(sample, timestep, others))
         if total is None:
-            return args, kwargs
+            return forward(sample, timestep, **others)
         skips, middle = total
-        heard = {"down_block_additional_residuals": skips, "mid_block_additional_residual": middle}
-        return args, {**kwargs, **heard}
+        return forward(
+            sample,
+            timestep,
+            down_block_additional_residuals=skips,
+            mid_block_additional_residual=middle,
+            **others,
+        )
+
+    return call
 
 
 def _sum(total: Residuals | None, more: Residuals) -> Residuals:

@@ -50,8 +50,9 @@ class Engine:
         *,
         model: str = DEFAULT_BASE_MODEL,
         budget: int | None = None,
+        compiles: bool = False,
     ) -> None:
-        """`model` is that of requests that name none; `budget` see `PipelineStore`."""
+        """`model` is that of requests that name none; the others see `PipelineStore`."""
         self.device = torch.device(device)
         # fp16 holds more of the published weights' precision than bf16 at the same speed; CPUs are
         # faster in fp32 than in either.
@@ -59,7 +60,7 @@ class Engine:
         self._edition = edition
         self._models = BASE_MODELS[edition]
         self._default = model
-        self._store = store or PipelineStore(edition, self.device, self.dtype, budget)
+        self._store = store or PipelineStore(edition, self.device, self.dtype, budget, compiles)
         # Of the models in memory.
         self._replaceable: WeakKeyDictionary[LoadedModel, ReplaceableWeights] = WeakKeyDictionary()
         # For the default model, and those that are made of the same weights.
@@ -150,6 +151,8 @@ class Engine:
         print(f"Using seed: {plan.seeds[0]}", flush=True)
         if plan.negative_prompt and not plan.guided:
             print("negative_prompt has no effect: guidance_scale of up to 1 runs no guidance pass")
+        if (plan.guidance_start, plan.guidance_end) != (0, 1) and not plan.guided:
+            print("guidance_start and guidance_end have no effect: no guidance pass runs")
         with stages.time("load"):
             replaceable = self._load(spec)
             own_adapters = self._own(spec, replaceable)
@@ -158,14 +161,14 @@ class Engine:
         with stages.time("weights"):
             adapters = replaceable.read(plan.weights, plan.tokens)
         with (
-            _explain_out_of_memory(plan),
-            noise.drawn_in_fp32(),
+            self._explain_out_of_memory(plan),
+            noise.drawn_in_fp32(self.device),
             stages.around("weights", replaceable.applied(adapters, own_adapters)) as own,
         ):
             texts = prompts.Texts(self._texts, (spec.weights, text_state(adapters)))
             studio = Studio(self._store, spec, own, texts, maps, self._finisher, stages)
             pictures = studio.draw(_in_words(plan, adapters), source)
-        with _explain_out_of_memory(plan):
+        with self._explain_out_of_memory(plan):
             finished = self._finisher.finish(pictures, plan, stages)
         with stages.time("save"):
             told = {}
@@ -184,11 +187,24 @@ class Engine:
     ) -> GenerationResult:
         """What the request's controls look like; no model of pictures is loaded."""
         size = (plan.width, plan.height)
-        with _explain_out_of_memory(plan), stages.time("control_maps"):
+        with self._explain_out_of_memory(plan), stages.time("control_maps"):
             drawn = maps.look(canvas.Frame.whole(size, size))
         with stages.time("save"):
             files = outputs.save_maps(drawn, folder)
         return GenerationResult(files, plan, stages.seconds, stages.peak_memory())
+
+    @contextmanager
+    def _explain_out_of_memory(self, plan: GenerationPlan) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            self._store.forget_passes()
+            torch.cuda.empty_cache()
+            raise OutOfDeviceMemory(
+                f"the device's memory does not hold {len(plan.seeds)} picture(s) of "
+                f"{plan.width}x{plan.height}; ask for fewer with num_outputs or for a smaller"
+                " width, height and hires_fix"
+            ) from error
 
 
 def _control_images(request: GenerationRequest) -> dict[str, SourceImage]:
@@ -206,16 +222,3 @@ def _in_words(plan: GenerationPlan, adapters: Sequence[Adapter]) -> GenerationPl
         replace_all_trigger_words(text, adapters) for text in (plan.prompt, plan.negative_prompt)
     )
     return replace(plan, prompt=prompt, negative_prompt=negative)
-
-
-@contextmanager
-def _explain_out_of_memory(plan: GenerationPlan) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        raise OutOfDeviceMemory(
-            f"the device's memory does not hold {len(plan.seeds)} picture(s) of "
-            f"{plan.width}x{plan.height}; ask for fewer with num_outputs or for a smaller width, "
-            "height and hires_fix"
-        ) from error

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from generation import canvas, control, modes, prompts, refine
+from generation import canvas, control, modes, prompts, refine, stand_ins
 from generation.base_models import BaseModelSpec
 from generation.blending import Mask
 from generation.controlnets import ControlsPlan
 from generation.finish import Finisher, to_pictures
+from generation.passes import Passes
 from generation.pipelines import PipelineStore, scheduler_of
 from generation.request import GenerationPlan, HiresPlan, Mode, RepaintPlan
 from generation.stages import Stages
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
     from PIL import Image
 
 
@@ -105,6 +105,7 @@ class _Refiner:
     """The refiner's pipeline and how it reads the prompts."""
 
     pipeline: DiffusionPipeline
+    passes: Passes
     embeddings: prompts.PromptEmbeddings
 
 
@@ -116,10 +117,11 @@ class _Painter:
     plan: GenerationPlan
     stages: Stages
     pipeline: StableDiffusionXLPipeline
+    passes: Passes
     embeddings: prompts.PromptEmbeddings
     refiner: _Refiner | None
     maps: control.ControlMaps
-    nets: Mapping[str, nn.Module]  # ControlNets by catalog entry
+    nets: Mapping[str, control.Net]  # by catalog entry
     denoising_end: float | None  # where an expert ensemble's refiner takes over
     # Each picture's noise comes from a generator of its own on the CPU: its seed alone decides it,
     # whatever the device and its place in the batch.
@@ -135,7 +137,10 @@ class _Painter:
             second = store.refiner_pipeline(spec, plan, own) if plan.refine else None
         with stages.time("text"):
             embeddings = studio.texts.encode(pipeline, plan)
-            refiner = _Refiner(second, studio.texts.encode(second, plan)) if second else None
+            refiner = None
+            if second is not None:
+                passes = store.passes(store.load_refiner(spec))
+                refiner = _Refiner(second, passes, studio.texts.encode(second, plan))
         end = refine.handover(plan, scheduler_of(spec, plan, store.load(spec)))
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in plan.seeds]
         return cls(
@@ -143,6 +148,7 @@ class _Painter:
             plan,
             stages,
             pipeline,
+            store.passes(store.load(spec)),
             embeddings,
             refiner,
             studio.maps,
@@ -158,51 +164,87 @@ class _Painter:
 
         `frame` is the part of the final picture that is drawn.
         """
-        plan, pipeline = self.plan, self._listening(frame)
+        plan, pipeline = self.plan, self.pipeline
         latents = cells = None
         if images:
             with self.stages.time("encode"):
-                latents = _encode(pipeline, images, self.generators)
+                latents = _encode(pipeline, images, self.generators, self.passes)
         if change is not None and latents is not None:
             cells = modes.to_cells(change).to(latents)
             latents = modes.masked_content(plan, latents, cells, self.generators)
         start = modes.Start(frame.size, latents, cells, self.denoising_end)
+        said = self._hints(frame)
         with self.stages.time("denoise"):
             arguments = modes.ARGUMENTS[plan.mode](plan, self.embeddings, self.generators, start)
-            latents = pipeline(**arguments, output_type="latent", return_dict=False)[0]
+            progress = stand_ins.Progress(pipeline.scheduler, plan.skipped_steps)
+            forward = control.listening(_fast(self.passes, pipeline), said, progress)
+            with stand_ins.given(pipeline, self._guided(forward, progress), progress):
+                latents = pipeline(**arguments, output_type="latent", return_dict=False)[0]
         if self.refiner is not None:
-            second, embeddings = self.refiner.pipeline, self.refiner.embeddings
             with self.stages.time("refine"):
-                latents = refine.refine(second, plan, embeddings, self.generators, latents, start)
+                latents = self._refine(self.refiner, latents, start, progress.step)
         with self.stages.time("decode"):
-            return _decode(pipeline, latents)
+            return _decode(pipeline, latents, self.passes)
 
-    def _listening(self, frame: canvas.Frame) -> StableDiffusionXLPipeline:
-        """The pipeline, whose UNet hears the ControlNets for this frame if there are any."""
-        plan, pipeline = self.plan, self.pipeline
-        if not plan.controls.controls:
-            return pipeline
+    def _refine(
+        self, refiner: _Refiner, latents: torch.Tensor, start: modes.Start, made: int
+    ) -> torch.Tensor:
+        """`made` is the number of the base model's steps."""
+        plan, pipeline = self.plan, refiner.pipeline
+        skipped, begun = refine.steps_before(plan, made)
+        progress = stand_ins.Progress(pipeline.scheduler, skipped, begun)
+        forward = self._guided(_fast(refiner.passes, pipeline), progress)
+        with stand_ins.given(pipeline, forward, progress):
+            generators = self.generators
+            return refine.refine(pipeline, plan, refiner.embeddings, generators, latents, start)
+
+    def _hints(self, frame: canvas.Frame) -> list[control.Hint]:
+        """Of the controls that there are, for this frame."""
+        if not self.plan.controls.controls:
+            return []
         with self.stages.time("control_maps"):
             maps = self.maps.look(frame)
-        unet = pipeline.unet
-        said = control.hints(plan.controls, self.nets, maps, unet.device, unet.dtype)
-        if said:
-            scheduler, skipped = pipeline.scheduler, plan.skipped_steps
-            pipeline.unet = control.listening(unet, said, scheduler, skipped)
-        return pipeline
+        unet = self.pipeline.unet
+        return control.hints(self.plan.controls, self.nets, maps, unet.device, unet.dtype)
+
+    def _guided(
+        self, forward: stand_ins.Forward, progress: stand_ins.Progress
+    ) -> stand_ins.Forward:
+        """With guidance where the plan wants it."""
+        start, end = self.plan.guidance_start, self.plan.guidance_end
+        if not self.plan.guided or (start, end) == (0, 1):
+            return forward
+        return stand_ins.guided_between(forward, start, end, progress)
+
+
+def _fast(passes: Passes, pipeline: DiffusionPipeline) -> stand_ins.Forward:
+    """The pipeline's UNet's own forward pass, in the fastest way that is ready."""
+    unet: UNet2DConditionModel = pipeline.unet
+
+    def call(sample: torch.Tensor, timestep: torch.Tensor, **others: object) -> Any:  # noqa: ANN401
+        return passes.run("unet", unet.forward, sample, timestep, **others)
+
+    return call
 
 
 def _load_controlnets(
     store: PipelineStore, spec: BaseModelSpec, plan: ControlsPlan
-) -> dict[str, nn.Module]:
+) -> dict[str, control.Net]:
     """Those that count at all, by catalog entry."""
     needed = {c.weights for c in plan.controls if c.conditioning_scale > 0}
-    beside = {spec.weights, *needed}
-    return {weights: store.load_controlnet(weights, beside) for weights in sorted(needed)}
+    nets = {}
+    for weights in sorted(needed):
+        model = store.load_controlnet(weights, {spec.weights, *needed})
+        (module,) = model.modules()
+        nets[weights] = control.Net(module, store.passes(model))
+    return nets
 
 
 def _encode(
-    pipeline: StableDiffusionXLPipeline, images: list[Image.Image], generators: modes.Generators
+    pipeline: StableDiffusionXLPipeline,
+    images: list[Image.Image],
+    generators: modes.Generators,
+    passes: Passes,
 ) -> torch.Tensor:
     """Pictures of one size to latents (N, 4, H/8, W/8), scaled; a single one serves all N.
 
@@ -211,8 +253,13 @@ def _encode(
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     vae = pipeline.vae
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        moments: torch.Tensor = vae.encode(pixels).latent_dist.parameters
+        return moments
+
     pixels = pipeline.image_processor.preprocess(images).to(vae.device, vae.dtype)
-    moments = vae.encode(pixels).latent_dist.parameters
+    moments = passes.run("encode", encode, pixels)
     if len(images) < len(generators):
         moments = moments.repeat(len(generators), 1, 1, 1)
     latents = DiagonalGaussianDistribution(moments).sample(generators)
@@ -220,8 +267,16 @@ def _encode(
     return scaled
 
 
-def _decode(pipeline: StableDiffusionXLPipeline, latents: torch.Tensor) -> list[Image.Image]:
-    pixels = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
-    # As diffusers' VaeImageProcessor, but in eight bits before they leave the device.
-    shares = (pixels * 0.5 + 0.5).clamp(0, 1).float()  # (N, 3, H, W)
-    return to_pictures((shares * 255).round().to(torch.uint8))
+def _decode(
+    pipeline: StableDiffusionXLPipeline, latents: torch.Tensor, passes: Passes
+) -> list[Image.Image]:
+    vae = pipeline.vae
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+        # As diffusers' VaeImageProcessor, but in eight bits before they leave the device.
+        shares = (pixels * 0.5 + 0.5).clamp(0, 1).float()  # (N, 3, H, W)
+        values: torch.Tensor = (shares * 255).round().to(torch.uint8)
+        return values
+
+    return to_pictures(passes.run("decode", decode, latents))

@@ -9,12 +9,14 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import nn
 
 from generation.base_models import BaseModelSpec, Family, RefinerSpec
+from generation.host_schedule import on_the_host
+from generation.passes import Passes, acceleration
 from generation.request import GenerationPlan, Mode
 from generation.schedulers import build_scheduler
 from weights import cache
@@ -91,6 +93,7 @@ class PipelineStore:
         device: torch.device,
         dtype: torch.dtype,
         budget: int | None = None,
+        compiles: bool = False,
     ) -> None:
         self._edition = edition
         self._device = device
@@ -98,6 +101,8 @@ class PipelineStore:
         self._budget = budget
         self._loaded: OrderedDict[str, LoadedModel] = OrderedDict()  # used last: last
         self._shared: WeakValueDictionary[Hashable, nn.Module] = WeakValueDictionary()
+        self.acceleration = acceleration(device, compiles)
+        self._passes: WeakKeyDictionary[LoadedModel, Passes] = WeakKeyDictionary()
 
     def load(self, spec: BaseModelSpec, alone: bool = False) -> LoadedModel:
         """The model's parts on the device; read from disk (and fetched) if they are not there.
@@ -120,11 +125,18 @@ class PipelineStore:
             del self._loaded[refiner.weights]
         return self._get(refiner.weights, lambda: self._read_refiner(refiner, base), [spec.weights])
 
-    def load_controlnet(self, weights: str, beside: Collection[str]) -> nn.Module:
+    def load_controlnet(self, weights: str, beside: Collection[str]) -> LoadedModel:
         """The ControlNet of this catalog entry; what `beside` names stays in memory for it."""
-        loaded = self._get(weights, lambda: self._read_controlnet(weights), beside)
-        (net,) = loaded.modules()
-        return net
+        return self._get(weights, lambda: self._read_controlnet(weights), beside)
+
+    def passes(self, model: LoadedModel) -> Passes:
+        """The forward passes of a model's modules, made fast; they end with it."""
+        return self._passes.setdefault(model, Passes(self.acceleration))
+
+    def forget_passes(self) -> None:
+        """Give back the memory of all that was recorded."""
+        for passes in self._passes.values():
+            passes.forget()
 
     def _get(
         self, weights: str, read: Callable[[], LoadedModel], beside: Collection[str] = ()
@@ -157,7 +169,8 @@ class PipelineStore:
         """A pipeline for one request, with a scheduler of its own, and its `own` parts."""
         model = self.load(spec)
         scheduler = scheduler_of(spec, plan, model)
-        return _build(PIPELINE_CLASSES[spec.family, plan.mode], model, scheduler, own)
+        pipeline_class = PIPELINE_CLASSES[spec.family, plan.mode]
+        return _build(pipeline_class, model, on_the_host(scheduler), own)
 
     def refiner_pipeline(
         self, spec: BaseModelSpec, plan: GenerationPlan, own: Mapping[str, object]
@@ -170,7 +183,7 @@ class PipelineStore:
         scheduler = build_scheduler(
             plan.scheduler, plan.schedule_type, model.scheduler_config, plan.seeds
         )
-        return _build(pipeline_class, model, scheduler, own)
+        return _build(pipeline_class, model, on_the_host(scheduler), own)
 
     def _read(self, spec: BaseModelSpec, alone: bool) -> LoadedModel:
         import diffusers

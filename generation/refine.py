@@ -37,6 +37,18 @@ def handover(plan: GenerationPlan, scheduler: SchedulerMixin) -> float | None:
     return 1 - cutoff / levels
 
 
+def steps_before(plan: GenerationPlan, made: int) -> tuple[int, int]:
+    """(steps of its schedule that the refiner leaves out, the step it begins with).
+
+    An expert ensemble's goes on in the base model's schedule, of which that has `made` its part.
+    """
+    assert plan.refine is not None
+    if plan.refine.style is Refine.EXPERT_ENSEMBLE:
+        return plan.skipped_steps, made
+    steps = plan.refine.num_inference_steps
+    return steps - int(steps * BASE_IMAGE_STRENGTH), 0
+
+
 def refine(
     pipeline: DiffusionPipeline,
     plan: GenerationPlan,

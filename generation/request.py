@@ -140,6 +140,8 @@ class GenerationRequest:
     schedule_type: str
     num_inference_steps: int | None
     guidance_scale: float | None  # 1 or less: no guidance pass
+    guidance_start: float  # shares of the steps between which that pass runs
+    guidance_end: float
     clip_skip: int  # A1111's: 1 reads the text encoder's last layer, 2 the one before
     prompt_strength: float  # 0 keeps the image, 1 ignores it
     mask_from_alpha: bool  # transparent = repaint
@@ -238,6 +240,8 @@ class GenerationPlan:
     num_inference_steps: int  # of the whole schedule: the last strength x steps of it run
     guidance_scale: float
     guided: bool  # whether a second, unconditional pass runs at each step (arXiv:2207.12598)
+    guidance_start: float  # shares of the steps: outside of them it does not (arXiv:2404.07724)
+    guidance_end: float
     clip_skip: int
     strength: float  # 1 except where an image is given
     repaint: RepaintPlan | None
@@ -333,6 +337,8 @@ def resolve(
         num_inference_steps=steps,
         guidance_scale=guidance,
         guided=spec.guidance is Guidance.SECOND_PASS and guidance > 1,
+        guidance_start=request.guidance_start,
+        guidance_end=request.guidance_end,
         clip_skip=_clip_skip(request, spec),
         strength=strength,
         repaint=_repaint(request) if mode in (Mode.INPAINT, Mode.OUTPAINT) else None,
@@ -371,6 +377,14 @@ def _check(request: GenerationRequest) -> None:
     within("num_outputs", request.num_outputs, 1, MAX_NUM_OUTPUTS)
     within("num_inference_steps", request.num_inference_steps, 1, MAX_NUM_INFERENCE_STEPS)
     within("guidance_scale", request.guidance_scale, 0, MAX_GUIDANCE_SCALE)
+    within("guidance_start", request.guidance_start, 0, 1)
+    within("guidance_end", request.guidance_end, 0, 1)
+    if request.guidance_start >= request.guidance_end:
+        raise InvalidRequest(
+            f"guidance_start is {request.guidance_start:g} and guidance_end"
+            f" {request.guidance_end:g}: guidance would never count; start before the end, or take"
+            " guidance_scale 1 for none"
+        )
     within("prompt_strength", request.prompt_strength, 0, 1)
     within("mask_blur", request.mask_blur, 0, MAX_MASK_BLUR)
     within("inpaint_padding", request.inpaint_padding, 0, MAX_INPAINT_PADDING)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
+from generation.base_models import SAFETY_ENTRIES
 from weights import cache
 from weights.catalog import Edition
 from weights.errors import IncompleteModel
@@ -42,10 +43,10 @@ class SafetyChecker:
 
         # It says that pictures come back black, which they do not here.
         logging.getLogger(StableDiffusionSafetyChecker.__module__).setLevel(logging.ERROR)
-        folder = cache.ensure("safety-checker", edition)
+        folder = cache.ensure(SAFETY_ENTRIES[0], edition)
         self._prepare = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
         self._checker = _load(StableDiffusionSafetyChecker, folder, device, dtype)
-        folder = cache.ensure("nsfw-detection", edition)
+        folder = cache.ensure(SAFETY_ENTRIES[1], edition)
         self._prepare_again = ViTImageProcessor.from_pretrained(folder, local_files_only=True)
         self._second = _load(ViTForImageClassification, folder, device, dtype)
 

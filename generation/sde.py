@@ -9,6 +9,8 @@ import torch
 from diffusers import DPMSolverSDEScheduler
 from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
 
+from generation.noise import moved
+
 
 class SeededSDEScheduler(DPMSolverSDEScheduler):  # type: ignore[misc]
     """With one Brownian motion for each picture, from its own seed, drawn on the CPU in fp32."""
@@ -27,10 +29,12 @@ class SeededSDEScheduler(DPMSolverSDEScheduler):  # type: ignore[misc]
         if self.noise_sampler is None:
             levels = self.sigmas[self.sigmas > 0]
             draw = BrownianTreeNoiseSampler(
-                sample.cpu().float(),
+                torch.zeros(sample.shape),  # it wants to know the shape
                 levels.min().item(),
                 levels.max().item(),
                 self.noise_sampler_seed,
             )
-            self.noise_sampler = lambda sigma, after: draw(sigma.cpu(), after.cpu()).to(sample)
+            self.noise_sampler = lambda sigma, after: moved(
+                draw(sigma.cpu(), after.cpu()).to(sample.dtype), sample.device
+            )
         return super().step(model_output, timestep, sample, return_dict, s_noise)

@@ -4,7 +4,8 @@
 `DEVICE` = cuda | mps | cpu: by default the first of these that is available. Every edition runs on
 every device when asked to. `MODEL` is the model of requests that name none, `PRELOAD` the models
 that setup loads, separated by commas (by default that one alone), `MAX_MODEL_GB` how many gigabytes
-of models stay in memory (by default half of the GPU's memory, or of the machine's).
+of models stay in memory (by default half of the GPU's memory, or of the machine's). `COMPILE` = on
+| off (default): whether models are compiled, in the background.
 """
 
 import math
@@ -113,3 +114,11 @@ def model_budget(device: Device) -> int:
 
         return int(torch.cuda.get_device_properties(0).total_memory) // 2
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def requested_compiling() -> bool:
+    """Whether COMPILE is on. Raises WrongSetting, also where torch.compile cannot work."""
+    value = os.environ.get("COMPILE", "").strip().lower() or "off"
+    if value not in ("on", "off"):
+        raise WrongSetting(f"COMPILE is {value!r}; set it to on or off")
+    return value == "on"

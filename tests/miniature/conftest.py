@@ -42,9 +42,9 @@ def make(engine, tmp_path, monkeypatch) -> Callable[..., Made]:
     decode = generation.painter._decode
     seen: list[torch.Tensor] = []
 
-    def watched_decode(pipeline, latents):
+    def watched_decode(pipeline, latents, passes):
         seen.append(latents.clone())
-        return decode(pipeline, latents)
+        return decode(pipeline, latents, passes)
 
     monkeypatch.setattr(generation.painter, "_decode", watched_decode)
 

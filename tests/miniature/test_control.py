@@ -14,8 +14,9 @@ from generation.base_models import MINIATURE_SDXL
 from generation.controlnets import ControlRequest
 from generation.engine import Engine
 from generation.errors import InvalidRequest
-from generation.pipelines import PipelineStore
+from generation.pipelines import LoadedModel, PipelineStore
 from generation.request import Margins
+from generation.stand_ins import Progress
 from preprocess import annotators
 from tests.miniature.isolation import ERRORS, failing_at
 from tests.requests import NO_CONTROL, REQUEST
@@ -105,13 +106,13 @@ def test_a_part_of_the_steps_is_between_none_and_all(make, control):
 def test_steps_are_counted_in_every_mode(control, folder, monkeypatch, engine, tmp_path):
     """Image to image runs a part of the schedule; shares are of that part."""
     seen: list[tuple[int, int]] = []
-    counts = generation.control.Hint.counts
+    between = Progress.between
 
-    def watched(hint, step, steps):
-        seen.append((step, steps))
-        return counts(hint, step, steps)
+    def watched(progress, start, end):
+        seen.append((progress.step, progress.steps))
+        return between(progress, start, end)
 
-    monkeypatch.setattr(generation.control.Hint, "counts", watched)
+    monkeypatch.setattr(Progress, "between", watched)
     asked = {"num_inference_steps": 10, "controls": three(control())}
     for k, (changes, steps) in enumerate(
         [
@@ -156,7 +157,7 @@ def test_an_sdxl_controlnet_of_its_own_beside_the_union(control, make, engine, m
 
     def with_plain(store, weights, beside):
         if weights == "controlnet-illusion-sdxl":
-            return net.eval()
+            return LoadedModel({"controlnet": net.eval()}, {})
         return load(store, weights, beside)
 
     entries = {"controlnet-illusion-sdxl": None, **generation.controlnets.CATALOG["miniature"]}

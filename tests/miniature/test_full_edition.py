@@ -74,14 +74,14 @@ def test_controlnets_load_as_they_are_published(tmp_path, monkeypatch, layout):
         shutil.copy(weights, folder)
     monkeypatch.setattr(cache, "ensure", lambda name, edition: tmp_path / name)
     store = PipelineStore(Edition.FULL, torch.device("cpu"), torch.float32)
-    net = store.load_controlnet(name, [])
+    (net,) = store.load_controlnet(name, []).modules()
     assert not net.training
     assert net.dtype == torch.float32
     expected = load_file(weights)
     loaded = net.state_dict()
     assert set(loaded) == set(expected)
     assert all(torch.equal(loaded[key], expected[key].float()) for key in expected)
-    assert store.load_controlnet(name, []) is net
+    assert store.load_controlnet(name, []).modules() == [net]
 
 
 def test_a_hostile_pickle_is_no_controlnet(tmp_path, monkeypatch):

@@ -217,6 +217,18 @@ def test_unknown_models_in_the_environment(monkeypatch, variable):
         edition.requested_models(NAMES, "sdxl")
 
 
+@pytest.mark.parametrize(("value", "expected"), [("", False), ("off", False), (" ON", True)])
+def test_compiling_is_a_setting(monkeypatch, value, expected):
+    monkeypatch.setenv("COMPILE", value)
+    assert edition.requested_compiling() is expected
+
+
+def test_compiling_is_on_or_off(monkeypatch):
+    monkeypatch.setenv("COMPILE", "yes")
+    with pytest.raises(WrongSetting, match="COMPILE is 'yes'; set it to on or off"):
+        edition.requested_compiling()
+
+
 def test_the_budget(monkeypatch):
     monkeypatch.setenv("MAX_MODEL_GB", "1.5")
     assert edition.model_budget("cpu") == 1_500_000_000

@@ -56,7 +56,7 @@ def test_half_precision_makes_the_same_pictures(half, make, files, name):
 
 def test_what_diffusers_draws_is_the_librarys_again_afterwards():
     def cancelled():
-        with noise.drawn_in_fp32():
+        with noise.drawn_in_fp32(torch.device("cpu")):
             assert torch_utils.torch is not torch
             raise KeyboardInterrupt
 
@@ -70,7 +70,7 @@ def test_numbers_are_fp32s_rounded():
         generator = torch.Generator().manual_seed(4)
         return torch_utils.randn_tensor((2, 4, 8, 8), generator=generator, dtype=dtype)
 
-    with noise.drawn_in_fp32():
+    with noise.drawn_in_fp32(torch.device("cpu")):
         assert torch.equal(draw(torch.float16), draw(torch.float32).half())
         assert torch.equal(draw(torch.bfloat16), draw(torch.float32).bfloat16())
         assert draw(None).dtype == torch.float32

@@ -11,6 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 import generation.painter
+from generation.passes import Acceleration, Passes
 from generation.request import Margins
 from tests.brought_weights import data_uri, visible_lora
 from weights.miniature.evaluate import FOLDER, load_pipeline
@@ -86,7 +87,7 @@ def test_eight_bits_are_diffusers_own():
     pipeline = load_pipeline(FOLDER)
     latents = torch.randn(2, 4, 8, 9, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        ours = generation.painter._decode(pipeline, latents)
+        ours = generation.painter._decode(pipeline, latents, Passes(Acceleration(None, None)))
         pixels = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
     stock = VaeImageProcessor().postprocess(pixels, output_type="pil")
     for mine, theirs in zip(ours, stock, strict=True):

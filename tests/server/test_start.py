@@ -62,8 +62,9 @@ def test_the_servers_environment_is_what_the_image_has(monkeypatch):
     [
         ({"WEIGHTS_EDITION": "nonsense"}, "set it to one of: full, miniature, auto"),
         ({"DEVICE": "nonsense"}, "DEVICE is 'nonsense', which this machine does not have"),
+        ({"COMPILE": "nonsense"}, "COMPILE is 'nonsense'; set it to on or off"),
     ],
-    ids=["edition", "device"],
+    ids=["edition", "device", "compile"],
 )
 def test_a_failed_setup_shows_in_the_health_check_and_its_traceback_in_the_log(
     tmp_path, setting, remedy

@@ -294,6 +294,12 @@ def test_a_repaint_plan_is_made_where_something_is_repainted():
         ({"mask_blur": 129}, ["mask_blur is 129", "from 0 to 128"]),
         ({"inpaint_padding": -1}, ["inpaint_padding is -1", "from 0 to 1024"]),
         ({"inpaint_padding": 1025}, ["inpaint_padding is 1025", "from 0 to 1024"]),
+        ({"guidance_start": -0.1}, ["guidance_start is -0.1", "from 0 to 1"]),
+        ({"guidance_end": 1.1}, ["guidance_end is 1.1", "from 0 to 1"]),
+        (
+            {"guidance_start": 0.5, "guidance_end": 0.5},
+            ["guidance_start is 0.5 and guidance_end 0.5", "guidance_scale 1"],
+        ),
         ({"refine_steps": 0}, ["refine_steps is 0", "from 1 to 500"]),
         ({"refine_steps": 501}, ["refine_steps is 501", "from 1 to 500"]),
         ({"masked_content": "blur"}, ["masked_content 'blur'", "original, fill, noise"]),
@@ -321,7 +327,7 @@ def test_what_is_no_number_is_refused(name, value):
 def test_the_floats_are_all_there():
     assert set(FLOATS) == {
         *("guidance_scale", "prompt_strength", "high_noise_frac", "lora_scale"),
-        *("hires_fix", "hires_strength"),
+        *("guidance_start", "guidance_end", "hires_fix", "hires_strength"),
     }
 
 

@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import pytest
 from huggingface_hub import constants
@@ -24,6 +24,7 @@ from tests.fake_hub import (
 )
 from weights import cache, errors, retry, transfer
 from weights.catalog import Edition
+from weights.read_ahead import read_ahead
 
 workplace = fake_hub.workplace
 BIG_BYTES = len(TOY_FILES[BIG])
@@ -61,6 +62,27 @@ def test_a_clean_download_is_the_hubs_layout_and_is_not_repeated(workplace: Work
     assert fetch() == folder
     assert cache.is_present("toy", Edition.FULL)
     assert (workplace.hub.requests, workplace.hub.api_requests) == ([], [])
+
+
+def test_files_are_read_ahead_of_their_use(workplace: Workplace, monkeypatch: pytest.MonkeyPatch):
+    read: list[Path] = []
+    opened = Path.open
+
+    def watched(path: Path, *args: object, **options: object) -> IO[bytes]:
+        if path.name not in (cache.COMPLETE, "weights.lock.json"):  # the cache's own
+            read.append(path)
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", watched)
+    read_ahead(["toy"], Edition.FULL).join()
+    assert read == []  # nothing is there yet, and nothing is fetched
+    assert (workplace.hub.requests, workplace.hub.api_requests) == ([], [])
+    folder = fetch()
+    (folder / BIG).unlink()
+    monkeypatch.setattr(cache, "_is_complete", lambda *_: True)  # it goes just now
+    read.clear()
+    read_ahead(["toy", "toy"], Edition.FULL).join()
+    assert sorted(read) == sorted(folder / name for name in TOY_FILES)
 
 
 def test_a_file_at_an_address(workplace: Workplace):
