@@ -92,5 +92,7 @@ def to_pictures(values: torch.Tensor) -> list[Image.Image]:
     """Values (N, 3, H, W) uint8, on any device, to N pictures of mode RGB."""
     from PIL import Image
 
-    rows = values.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    return [Image.fromarray(picture) for picture in rows]
+    rows = values.permute(0, 2, 3, 1).contiguous()
+    if rows.is_cuda:  # to pinned memory, as from there to elsewhere: without a detour
+        rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows)
+    return [Image.fromarray(picture) for picture in rows.cpu().numpy()]

@@ -47,13 +47,14 @@ def given(pipeline: DiffusionPipeline, forward: Forward, progress: Progress) -> 
 
     `forward` is given timesteps on its sample's device, and `progress` goes on after each call.
     Timesteps come from the CPU (`host_schedule`). As what they are, numbers, they go to a GPU with
-    the operation that takes them; copying one as a tensor would wait for all that went before.
+    the operation that takes them; copying one as a tensor would wait for all that went before. All
+    are fp32, as UNets make them anyway, so that schedulers of whole timesteps need no other pass.
     """
     unet = pipeline.unet
     twin = copy.copy(unet)
 
     def call(sample: torch.Tensor, timestep: torch.Tensor, **others: object) -> Any:  # noqa: ANN401
-        here = torch.full((), timestep.item(), dtype=timestep.dtype, device=sample.device)
+        here = torch.full((), timestep.item(), dtype=torch.float32, device=sample.device)
         predicted = forward(sample, here, **others)
         progress.step += 1
         return predicted

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from generation import painter
 from generation.controlnets import ControlRequest
 from generation.engine import Engine
 from generation.request import Margins
@@ -95,6 +96,44 @@ def test_a_gpu_makes_the_cpus_picture_under_control(gpu, make, files):
 def difference(a: Image.Image, b: Image.Image) -> float:
     first, second = (np.asarray(picture, np.float32) for picture in (a, b))
     return float(np.abs(first - second).mean())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_recorded_request_is_the_first_one(gpu, make, files, mode):
+    """Run as it is, recorded, and replayed; a seed apart is further away."""
+    changes = {k: files.get(v, v) if isinstance(v, str) else v for k, v in MODES[mode].items()}
+    gpu._store.forget_passes()
+    pictures = [make(engine=gpu, **changes, width=144).pictures[0] for _ in range(4)]
+    (other,) = make(engine=gpu, **{**changes, "seed": 99}, width=144).pictures
+    for picture in pictures[1:]:
+        assert difference(pictures[0], picture) < 0.1 < difference(pictures[0], other)
+
+
+@pytest.mark.parametrize("scheduler", ["K_EULER", "K_EULER_ANCESTRAL", "DDIM", "LCM", "DPM++ 2M"])
+@pytest.mark.parametrize("mode", ["txt2img", "inpaint"])
+def test_denoising_waits_for_nothing(gpu, make, files, monkeypatch, mode, scheduler):
+    asked = {k: files.get(v, v) if isinstance(v, str) else v for k, v in MODES[mode].items()}
+    asked |= {"scheduler": scheduler, "num_inference_steps": 10, "prompt_strength": 0.8}
+    for _ in range(3):
+        make(engine=gpu, **asked)  # recorded by now: a recording itself does wait
+    fast, steps, calls = painter._fast, 8 if mode == "inpaint" else 10, []
+
+    def watched(passes, pipeline):
+        forward = fast(passes, pipeline)
+
+        def call(*args, **kwargs):
+            calls.append(1)
+            torch.cuda.set_sync_debug_mode("error" if len(calls) < steps else "default")
+            return forward(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(painter, "_fast", watched)
+    try:
+        make(engine=gpu, **asked)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(calls) == steps
 
 
 def test_a_request_is_repeated_byte_for_byte_after_another_with_weights(gpu, make):

@@ -31,7 +31,6 @@ REQUESTS = {
     "ancestral": {"scheduler": "K_EULER_ANCESTRAL"},
     "trained": {"prompt": TYPED, "replicate_weights": COG_ARCHIVE.url},
     "control": {"controls": "picture"},
-    "hires": {"hires_fix": 1.25},
     "part of guidance": {"guidance_end": 0.5},
     "sd15": {"model": "sd15"},
     "turbo": {"model": "sdxl-turbo", "num_inference_steps": None},
@@ -199,22 +198,28 @@ def traced(monkeypatch):
 
 
 def test_twenty_requests_are_traced_once(ask, accelerated, traced):
-    plain, trained = ask("txt2img"), ask("trained")
+    """With other seeds, prompts, steps, schedulers, weights; all checkpoints of an architecture."""
+    unguided = {"guidance_scale": 1.0}
+    plain, trained = ask("txt2img", **unguided), ask("trained", **unguided)
     compiler = Compiler()
     accelerated(Acceleration(Recorder(), compiler))
     for _ in range(2):
-        ask("txt2img")
+        ask("txt2img", **unguided)
     compiler.wait()
-    ask("txt2img")
-    graphs = counters["stats"]["unique_graphs"]
-    assert graphs == 2  # the UNet's, and the VAE's decoder's
+    ask("txt2img", **unguided)
+    assert counters["stats"]["unique_graphs"] == 2  # the UNet's, and the VAE's decoder's
     for k in range(20):
-        changes = {"seed": k, "prompt": f"a small red star on a white background {k}"}
+        changes = {"seed": k, "prompt": f"a small red star on a white background {k}", **unguided}
         changes["num_inference_steps"] = 1 + k % 3
+        changes["scheduler"] = ("K_EULER", "DDIM", "DPM++ 2M")[k // 3 % 3]
         ask("trained" if k % 2 else "txt2img", **changes)
-    assert counters["stats"]["unique_graphs"] == graphs
-    assert np.abs(ask("txt2img") - plain).max() <= 1
-    assert np.abs(ask("trained") - trained).max() <= 1
+    assert np.abs(ask("txt2img", **unguided) - plain).max() <= 1
+    assert np.abs(ask("trained", **unguided) - trained).max() <= 1
+    for model in ("sdxl-turbo", "sdxl-lcm"):
+        for _ in range(3):
+            ask("txt2img", model=model, **unguided)
+            compiler.wait()
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_what_cannot_be_compiled_stays_as_it_is(traced, capfd):
