@@ -3,20 +3,26 @@
 import argparse
 import sys
 
-from script.tools import bench_files, bench_pictures, bench_training
+from script.tools import bench_files, bench_pictures, bench_plot, bench_start, bench_training
 
-WORKLOADS = {"training": bench_training, "pictures": bench_pictures, "files": bench_files}
+COMMANDS = {
+    "pictures": bench_pictures,
+    "start": bench_start,
+    "training": bench_training,
+    "files": bench_files,
+    "plot": bench_plot,
+}
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="script/bench", description=__doc__)
-    workloads = parser.add_subparsers(dest="workload", required=True)
+    commands = parser.add_subparsers(dest="command", required=True)
     parsers = {}
-    for name, module in WORKLOADS.items():
-        parsers[name] = workloads.add_parser(name, description=module.__doc__)
+    for name, module in COMMANDS.items():
+        parsers[name] = commands.add_parser(name, description=module.__doc__)
         module.add_arguments(parsers[name])
     arguments = parser.parse_args(argv)
-    WORKLOADS[arguments.workload].run(arguments, parsers[arguments.workload])
+    COMMANDS[arguments.command].run(arguments, parsers[arguments.command])
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, TYPE_CHECKING
 
-from script.tools import bench_models
-from script.tools.bench_models import MINIATURE, SDXL
+from script.tools import bench_machine, bench_models
 
 if TYPE_CHECKING:
     from training.dataset import Example
@@ -80,12 +79,12 @@ class Turns:
         print(json.dumps(content), file=self.output, flush=True)
 
 
-def train_ours(turns: Turns, model: str, size: int, steps: int, compiled: bool = False) -> None:
+def train_ours(turns: Turns, cpu: bool, size: int, steps: int, compiled: bool = False) -> None:
     from training import loop
     from training.config import TrainConfig
     from training.progress import Event, StepDone
 
-    trainable, examples = subject(model, size)
+    trainable, examples = subject(cpu, size)
 
     def listen(event: Event) -> None:
         if isinstance(event, StepDone):
@@ -106,20 +105,20 @@ def train_ours(turns: Turns, model: str, size: int, steps: int, compiled: bool =
         loop.fit(examples, (), config, trainable, Path(folder), listen, None)
 
 
-def train_peer(turns: Turns, model: str, size: int, steps: int) -> None:
+def train_peer(turns: Turns, cpu: bool, size: int, steps: int) -> None:
     import torch
 
     from script.tools.peer_training import PeerTraining
     from training.dataset import encode
 
     torch.manual_seed(0)
-    trainable, examples = subject(model, size)
+    trainable, examples = subject(cpu, size)
     latents = encode(trainable.vae, examples, False)
     peer = PeerTraining(trainable, latents, BATCH, RANK, steps)
     peer.run(lambda step, loss: turns.tell(loss))
 
 
-def subject(model: str, size: int) -> tuple[TrainableModel, list[Example]]:
+def subject(cpu: bool, size: int) -> tuple[TrainableModel, list[Example]]:
     """The model, and eight square pictures with captions."""
     import numpy as np
     import torch
@@ -139,9 +138,9 @@ def subject(model: str, size: int) -> tuple[TrainableModel, list[Example]]:
         caption = f"a {scene.size} {scene.colour} TOK on a {scene.background} background"
         mask = Image.new("L", image.size, 255)
         examples.append(Example(str(number), image, mask, caption, (size, size), (0, 0)))
-    if model == SDXL:
+    if not cpu:
         return _random_sdxl(), examples
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu")
     spec = base_models.MINIATURE_SDXL
     return load(spec, Edition.MINIATURE, device, base_models.Method.LORA), examples
 
@@ -174,7 +173,7 @@ def _random_sdxl() -> TrainableModel:
     )
 
 
-SIDES: dict[str, Callable[[Turns, str, int, int], None]] = {
+SIDES: dict[str, Callable[[Turns, bool, int, int], None]] = {
     "peer": train_peer,
     "ours": train_ours,
     "compiled": partial(train_ours, compiled=True),
@@ -187,13 +186,17 @@ class _Side:
 
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
         command = [sys.executable, "-m", "script.tools.bench", "training", "--side", name]
-        command += ["--model", arguments.model, "--steps", str(arguments.steps)]
-        command += ["--size", str(arguments.size)]
+        command += ["--steps", str(arguments.steps), "--size", str(arguments.size)]
+        command += ["--cpu"] if arguments.cpu else []
         self.name = name
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.steps = [self._hear()]  # which has loaded everything
+        self.steps: list[dict[str, float]] = []
+
+    def load(self) -> None:
+        """Wait until it has made its first step, for which it loads everything."""
+        self.steps.append(self._hear())
 
     def turn(self) -> dict[str, float]:
         """Let it make its next step; of the last turn, let it end."""
@@ -225,6 +228,8 @@ class _Side:
 def measure(names: Sequence[str], arguments: argparse.Namespace) -> dict[str, Sample]:
     """One round."""
     sides = [_Side(name, arguments) for name in names]
+    for side in sides:
+        side.load()
     for _ in range(arguments.steps - 1):
         for side in sides:
             side.steps.append(side.turn())
@@ -246,14 +251,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if arguments.steps < MIN_STEPS:
         parser.error(f"--steps {arguments.steps} is too few; {MIN_STEPS} at least")
-    bench_models.check(arguments.model, parser)
+    bench_models.check(arguments.cpu, parser)
     if arguments.size is None:
-        arguments.size = 128 if arguments.model == MINIATURE else 768
+        arguments.size = 128 if arguments.cpu else 768
     if arguments.side:
         turns = Turns(sys.stdout, sys.stdin, time.perf_counter())
-        SIDES[arguments.side](turns, arguments.model, arguments.size, arguments.steps)
+        SIDES[arguments.side](turns, arguments.cpu, arguments.size, arguments.steps)
         turns.end()
         return
+    print(json.dumps(bench_machine.describe(arguments.cpu)), flush=True)
     names = [side for side in SIDES if side != "compiled" or arguments.compiled]
     print(table([measure(names, arguments) for _ in range(arguments.rounds)]))
 

@@ -109,17 +109,21 @@ def build_text_encoders() -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
     )
 
 
-def build_tokenizers() -> tuple[CLIPTokenizer, CLIPTokenizer]:
-    """The miniature's tokenizers with CLIP's number of tokens, its start and end token last."""
-    vocabulary = json.loads((FOLDER / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
-    tokens = [token for token in vocabulary if token not in (START, END)]
+def vocabulary() -> str:
+    """The miniature's vocab.json with CLIP's number of tokens, its start and end token last."""
+    own = json.loads((FOLDER / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    tokens = [token for token in own if token not in (START, END)]
     tokens += [f"unused{i}</w>" for i in range(VOCABULARY - len(tokens) - 2)]
-    content = json.dumps({token: i for i, token in enumerate([*tokens, START, END])})
+    return json.dumps({token: i for i, token in enumerate([*tokens, START, END])})
+
+
+def build_tokenizers() -> tuple[CLIPTokenizer, CLIPTokenizer]:
+    """The miniature's tokenizers with CLIP's number of tokens."""
     built = []
     for name in ("tokenizer", "tokenizer_2"):
         with TemporaryDirectory() as folder:
             shutil.copytree(FOLDER / name, folder, dirs_exist_ok=True)
-            (Path(folder) / "vocab.json").write_text(content, encoding="utf-8")
+            (Path(folder) / "vocab.json").write_text(vocabulary(), encoding="utf-8")
             built.append(CLIPTokenizer.from_pretrained(folder))
     return built[0], built[1]
 

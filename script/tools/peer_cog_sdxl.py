@@ -1,0 +1,179 @@
+"""The predictions of replicate/cog-sdxl (predict.py at c79cb3c), stated again to be measured.
+
+What costs time there is kept: diffusers' pipeline as it is, a LoRA whose layers run beside the
+UNet's in every step (the old LoRAAttnProcessor2_0, which diffusers no longer has), a LoRA's file
+read again whenever another one is asked for, a new scheduler for each call, diffusers' own
+watermarker on the CPU, the safety checker on PIL's pictures, PNG by Pillow. What it does wrong
+otherwise is not: its schedulers inherit from the one before, and its seeds have 16 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn import functional
+
+from script.tools import bench_models
+from script.tools.bench_workloads import LORA_SCALE, PROMPT, Workload
+from script.tools.peer_diffusers import HIGH_NOISE_SHARE, Diffusers, arguments
+
+_MATRICES = ("to_q_lora", "to_k_lora", "to_v_lora", "to_out_lora")
+
+
+class _LoraLayer(nn.Module):
+    """diffusers' LoRALinearLayer, as of 0.25."""
+
+    def __init__(self, n_in: int, n_out: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(n_in, rank, bias=False)
+        self.up = nn.Linear(rank, n_out, bias=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        result: Tensor = self.up(self.down(states.to(self.down.weight.dtype)))
+        return result.to(states.dtype)
+
+
+class _LoraProcessor(nn.Module):
+    """diffusers' LoRAAttnProcessor2_0, as of 0.25."""
+
+    def __init__(self, attention: Any, rank: int) -> None:  # noqa: ANN401
+        super().__init__()
+        sizes = [(m.in_features, m.out_features) for m in _linear(attention)]
+        for name, (n_in, n_out) in zip(_MATRICES, sizes, strict=True):
+            setattr(self, name, _LoraLayer(n_in, n_out, rank))
+
+    def __call__(
+        self,
+        attn: Any,  # noqa: ANN401
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        **_: object,
+    ) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+
+        def both(layer: Any, lora: Any, states: Tensor) -> Tensor:  # noqa: ANN401
+            result: Tensor = layer(states) + LORA_SCALE * lora(states)
+            return result
+
+        def heads(x: Tensor) -> Tensor:
+            return x.reshape(*x.shape[:2], attn.heads, -1).transpose(1, 2)
+
+        query = heads(both(attn.to_q, self.to_q_lora, hidden_states))
+        key = heads(both(attn.to_k, self.to_k_lora, context))
+        value = heads(both(attn.to_v, self.to_v_lora, context))
+        out = functional.scaled_dot_product_attention(query, key, value)
+        out = out.transpose(1, 2).flatten(-2).to(query.dtype)
+        return attn.to_out[1](both(attn.to_out[0], self.to_out_lora, out))  # type: ignore[no-any-return]
+
+
+def _linear(attention: Any) -> tuple[Any, ...]:  # noqa: ANN401
+    return attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]
+
+
+class CogSdxl:
+    """SDXL with a LoRA on; shares what is not changed with the stock pipeline."""
+
+    stages: dict[str, float] = {}  # noqa: RUF012  it measures none
+
+    def __init__(self, stock: Diffusers, lora: Path) -> None:
+        import diffusers
+        from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+        from transformers import CLIPImageProcessor
+
+        self._stock = stock
+        unet = diffusers.UNet2DConditionModel.from_pretrained(
+            bench_models.folder(stock.spec.weights) / "unet", variant="fp16", dtype=stock.dtype
+        )
+        parts = {**stock.base.components, "unet": unet.to(stock.device)}
+        self._pipe = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=True)
+        self._pipe.set_progress_bar_config(disable=True)
+        self._refiner: Any = None
+        folder = bench_models.folder("safety-checker")
+        self._features = CLIPImageProcessor.from_pretrained(folder)
+        checker = StableDiffusionSafetyChecker.from_pretrained(folder, dtype=stock.dtype)
+        self._checker = checker.to(stock.device)
+        self._worn: Path | None = None
+        self.wear(lora)
+
+    def prepare(self, workload: Workload) -> None:
+        """Load what the workload needs beside the model."""
+        import diffusers
+
+        if "refine" in workload.asked and self._refiner is None:
+            self._stock.prepare(workload)
+            parts = self._stock.refiner.components
+            self._refiner = diffusers.StableDiffusionXLImg2ImgPipeline(
+                **parts, add_watermarker=True, requires_aesthetics_score=True
+            )
+            self._refiner.set_progress_bar_config(disable=True)
+
+    def wear(self, lora: Path) -> None:
+        """Read the LoRA's file and build its layers, unless it is the one that is on."""
+        from safetensors.torch import load_file
+
+        if lora == self._worn:
+            return
+        tensors, unet = load_file(lora), self._pipe.unet
+        processors = {}
+        for name in unet.attn_processors:
+            attention: Any = unet.get_submodule(name.removesuffix(".processor"))
+            rank = tensors[f"{name}.to_out_lora.up.weight"].shape[1]
+            processor = _LoraProcessor(attention, rank)
+            own = {
+                f"{matrix}.{way}.weight": tensors[f"{name}.{matrix}.{way}.weight"]
+                for matrix in _MATRICES
+                for way in ("down", "up")
+            }
+            processor.load_state_dict(own)
+            processors[name] = processor.to(unet.device, unet.dtype)
+        unet.set_attn_processor(processors)
+        self._worn = lora
+
+    @contextmanager
+    def unmarked(self) -> Iterator[None]:
+        """As with apply_watermark off."""
+        marker, self._pipe.watermark = self._pipe.watermark, None
+        try:
+            yield
+        finally:
+            self._pipe.watermark = marker
+
+    def run(self, workload: Workload, seed: int, folder: Path) -> list[Path]:
+        """The request, its files in `folder`."""
+        import torch
+
+        with torch.inference_mode():
+            pictures = self._draw(workload, seed)
+            unsafe = self._unsafe(pictures)
+        files = []
+        for number, picture in enumerate(pictures):
+            if unsafe[number]:
+                print(f"NSFW content detected in image {number}")
+                continue
+            files.append(folder / f"cog-sdxl-{number}.png")
+            picture.save(files[-1])
+        return files
+
+    def _draw(self, workload: Workload, seed: int) -> Any:  # noqa: ANN401
+        pipe, size = self._pipe, self._stock.spec.native_size
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        common = arguments(workload, seed)
+        count = common.pop("num_images_per_prompt")
+        common |= {"prompt": [PROMPT] * count, "negative_prompt": [""] * count}
+        ensemble = "refine" in workload.asked
+        late = {"output_type": "latent", "denoising_end": HIGH_NOISE_SHARE} if ensemble else {}
+        drawn = pipe(**common, width=size, height=size, **late).images
+        if not ensemble:
+            return drawn
+        return self._refiner(**common, image=drawn, denoising_start=HIGH_NOISE_SHARE).images
+
+    def _unsafe(self, pictures: Any) -> list[bool]:  # noqa: ANN401
+        seen = self._features(pictures, return_tensors="pt").to(self._stock.device)
+        values = [np.array(picture) for picture in pictures]
+        _, unsafe = self._checker(images=values, clip_input=seen.pixel_values.to(self._stock.dtype))
+        return [bool(bad) for bad in unsafe]
