@@ -62,8 +62,10 @@ MODULES = {module.__name__: module for module in (adapters, merging, replaceable
 FUNCTIONS = {name: functions_of(module) for name, module in MODULES.items()}
 # What no request of these sequences runs, and what most run on their way out.
 NEVER = {"set_up", "replace_base", "load", "_repaint", "_repaint_once", "__init__"}
+NEVER |= {"_room_on_device"}
 EVER = {f.rpartition(".")[2] for functions in FUNCTIONS.values() for f in functions} - NEVER
 LEAVING = {"applied", "_become", "_same", "_take_back", "around", "time", "_explain_out_of_memory"}
+LEAVING |= {"copy_all"}
 LOOPS = 60  # so many times its own length may a function's part of a request be, in instructions
 ACTIONS = ("make", "refused", "network cut", "failed", "failed, then struck", *["struck"] * 3)
 
