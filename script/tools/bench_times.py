@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from script.tools import bench_models
-from script.tools.bench_sides import Side, Sides
+from script.tools.bench_sides import Ours, Side, Sides
 from script.tools.bench_workloads import BESIDE, DIFFUSERS, Workload
 
 WARM_UP = 3  # requests of each side
@@ -57,6 +57,8 @@ def measure(
             shift = run % len(names)  # nobody always comes after the same one
             for name in names[shift:] + names[:shift]:
                 _run(sides[name], times[name], workload, run, Path(folder))
+                if run == WARM_UP - 1 and isinstance(side := sides[name], Ours):
+                    side.settle()
 
 
 def _run(side: Side, own: Times, workload: Workload, run: int, folder: Path) -> None:
