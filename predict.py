@@ -124,7 +124,7 @@ class Predictor(BasePredictor):
                 device,
                 model=model,
                 budget=model_budget(device),
-                compiles=requested_compiling(),
+                compiles=requested_compiling(device),
             )
             self.engine.load(str(weights) if weights else None, preload)
         except Exception:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from training.dataset import Noise
 from training.errors import MissingCompiler
 from weights import cache
 from weights.catalog import Edition
+from weights.edition import NO_COMPILER, has_compiler
 from weights.trained_types import TEXT_ENCODERS, UNET
 
 if TYPE_CHECKING:
@@ -160,12 +160,8 @@ def compiled(model: TrainableModel, wanted: bool) -> Iterator[None]:
 
 def check_compiler(device: str) -> None:
     """Raises MissingCompiler where torch.compile cannot work on a kind of device."""
-    names = (os.environ.get("CXX"), "g++", "clang++")
-    if device == "cpu" and not any(name and shutil.which(name) for name in names):
-        raise MissingCompiler(
-            "compile_unet needs a C++ compiler on a CPU, and none was found; install g++, name one"
-            " in CXX, or leave compile_unet out"
-        )
+    if device == "cpu" and not has_compiler():
+        raise MissingCompiler(f"compile_unet {NO_COMPILER}, or leave compile_unet out")
 
 
 def uncompiled() -> AbstractContextManager[None]:

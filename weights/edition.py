@@ -10,6 +10,7 @@ of models stay in memory (by default half of the GPU's memory, or of the machine
 
 import math
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Literal
@@ -116,9 +117,20 @@ def model_budget(device: Device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def requested_compiling() -> bool:
-    """Whether COMPILE is on. Raises WrongSetting, also where torch.compile cannot work."""
+def requested_compiling(device: Device) -> bool:
+    """Whether COMPILE is on. Raises WrongSetting, also where there is no compiler for it."""
     value = os.environ.get("COMPILE", "").strip().lower() or "off"
     if value not in ("on", "off"):
         raise WrongSetting(f"COMPILE is {value!r}; set it to on or off")
+    if value == "on" and device == "cpu" and not has_compiler():
+        raise WrongSetting(f"COMPILE is on, which {NO_COMPILER}, or leave COMPILE out")
     return value == "on"
+
+
+NO_COMPILER = "needs a C++ compiler on a CPU, and none was found; install g++, name one in CXX"
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile finds what it needs on a CPU."""
+    names = (os.environ.get("CXX"), "g++", "clang++")
+    return any(name and shutil.which(name) for name in names)

@@ -220,13 +220,19 @@ def test_unknown_models_in_the_environment(monkeypatch, variable):
 @pytest.mark.parametrize(("value", "expected"), [("", False), ("off", False), (" ON", True)])
 def test_compiling_is_a_setting(monkeypatch, value, expected):
     monkeypatch.setenv("COMPILE", value)
-    assert edition.requested_compiling() is expected
+    assert edition.requested_compiling("cpu") is expected
 
 
-def test_compiling_is_on_or_off(monkeypatch):
+def test_compiling_is_on_or_off_and_needs_a_compiler(monkeypatch):
     monkeypatch.setenv("COMPILE", "yes")
     with pytest.raises(WrongSetting, match="COMPILE is 'yes'; set it to on or off"):
-        edition.requested_compiling()
+        edition.requested_compiling("cpu")
+    monkeypatch.setenv("COMPILE", "on")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(WrongSetting, match=r"COMPILE is on, which needs .* install g\+\+"):
+        edition.requested_compiling("cpu")
+    assert edition.requested_compiling("cuda")
 
 
 def test_the_budget(monkeypatch):
