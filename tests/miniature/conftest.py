@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ from generation.engine import Engine, GenerationResult
 from tests.miniature.stock import PROMPT, SEED, SETTINGS, SIZE, File, copy_of, draw
 from tests.requests import REQUEST
 from weights.catalog import Edition
+from weights.miniature import world
 from weights.miniature.evaluate import FOLDER, load_pipeline
 
 RED_ON_BLUE = replace(REQUEST, num_inference_steps=8)
@@ -90,3 +92,16 @@ def adapted(make, monkeypatch, tmp_path_factory) -> Callable[..., torch.Tensor]:
         return make(replicate_weights=url, lora_scale=scale, **request).latents
 
     return adapted
+
+
+@pytest.fixture
+def files(tmp_path) -> dict[str, Path]:
+    """A picture of the miniature's world and a mask of its middle, by name."""
+    scene = world.random_scene(np.random.default_rng(3))
+    mask = Image.new("L", (128, 128), 0)
+    mask.paste(255, (32, 32, 96, 96))
+    found = {}
+    for name, picture in (("picture", world.render(scene, 128, 128)), ("mask", mask)):
+        found[name] = tmp_path / f"{name}.png"
+        picture.save(found[name])
+    return found

@@ -21,7 +21,6 @@ from training.base_models import MINIATURE_SDXL, Method
 from training.model import load
 from training.progress import StepDone
 from weights.catalog import Edition
-from weights.miniature import world
 from weights.miniature.captions import held_out_captions
 from weights.miniature.evaluate import CAPTION_SEED, row_of
 
@@ -49,18 +48,6 @@ def gpu() -> Engine:
     engine = Engine(Edition.MINIATURE, "cuda")
     engine.load()
     return engine
-
-
-@pytest.fixture
-def files(tmp_path):
-    scene = world.random_scene(np.random.default_rng(3))
-    mask = Image.new("L", (128, 128), 0)
-    mask.paste(255, (32, 32, 96, 96))
-    found = {}
-    for name, picture in (("picture", world.render(scene, 128, 128)), ("mask", mask)):
-        found[name] = tmp_path / f"{name}.png"
-        picture.save(found[name])
-    return found
 
 
 def test_captions_are_followed_as_well(gpu, make):

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch._dynamo.utils import counters
 
 from generation import passes
@@ -14,7 +13,6 @@ from generation.request import Margins
 from tests.miniature.stock import COG_ARCHIVE, TYPED
 from tests.recorder import Recorder
 from tests.requests import NO_CONTROL
-from weights.miniature import world
 
 STEPS = 4
 REQUESTS = {
@@ -36,18 +34,6 @@ REQUESTS = {
     "turbo": {"model": "sdxl-turbo", "num_inference_steps": None},
     "lcm": {"model": "lcm-dreamshaper", "num_inference_steps": None},
 }
-
-
-@pytest.fixture
-def files(tmp_path):
-    scene = world.random_scene(np.random.default_rng(3))
-    mask = Image.new("L", (128, 128), 0)
-    mask.paste(255, (32, 32, 96, 96))
-    found = {}
-    for name, picture in (("picture", world.render(scene, 128, 128)), ("mask", mask)):
-        found[name] = tmp_path / f"{name}.png"
-        picture.save(found[name])
-    return found
 
 
 @pytest.fixture
