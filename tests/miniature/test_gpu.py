@@ -90,8 +90,8 @@ def test_a_recorded_request_is_the_first_one(gpu, make, files, mode):
     """Run as it is, recorded, and replayed; a seed apart is further away."""
     changes = {k: files.get(v, v) if isinstance(v, str) else v for k, v in MODES[mode].items()}
     gpu._store.forget_passes()
-    pictures = [make(engine=gpu, **changes, width=144).pictures[0] for _ in range(4)]
-    (other,) = make(engine=gpu, **{**changes, "seed": 99}, width=144).pictures
+    pictures = [make(engine=gpu, **changes).pictures[0] for _ in range(4)]
+    (other,) = make(engine=gpu, **{**changes, "seed": 99}).pictures
     for picture in pictures[1:]:
         assert difference(pictures[0], picture) < 0.1 < difference(pictures[0], other)
 
