@@ -20,11 +20,11 @@ from generation.pipelines import PIPELINE_CLASSES
 from generation.prompts import PromptEmbeddings
 from generation.request import Mode, RepaintPlan, resolve
 from generation.schedulers import SCHEDULERS, ScheduleType, build_scheduler
+from tests.miniature.stock import DISTINCT
 from tests.requests import REQUEST
 
 META = torch.device("meta")
 MODES = [Mode.TXT2IMG, Mode.IMG2IMG, Mode.INPAINT]
-OF_CLASS = {spec.class_name: name for name, spec in SCHEDULERS.items()}
 
 
 class Watch(TorchDispatchMode):
@@ -105,7 +105,7 @@ def waits_of(parts, mode, name, steps=5, guidance=7.5, of=on_the_host, predicts=
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", sorted(OF_CLASS.values()))
+@pytest.mark.parametrize("name", DISTINCT)
 def test_nothing_is_waited_for(parts, mode, name):
     if SCHEDULERS[name].class_name in WAITS:
         assert (
@@ -127,7 +127,7 @@ def test_the_watch_sees_what_is_waited_for(parts, name):
         assert waits_of(parts, Mode.INPAINT, name, of=lambda scheduler: scheduler) == []
 
 
-@pytest.mark.parametrize("name", sorted(OF_CLASS.values()))
+@pytest.mark.parametrize("name", DISTINCT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_noise_is_added_as_diffusers_adds_it(engine, name, dtype):
     config = engine._store.load(MINIATURE_SDXL).scheduler_config
