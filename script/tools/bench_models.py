@@ -93,9 +93,9 @@ def folder(entry: str) -> Path:
 
 def provide(model: str, refiner: bool = False) -> None:
     """Have all files that serving the model takes; what is missing would be fetched otherwise."""
+    from generation.base_models import SAFETY_ENTRIES
+
     own = spec(model)
-    entries = [own.weights, *own.borrowed.values(), "safety-checker", "nsfw-detection"]
-    entries += [own.adapter] if own.adapter else []
-    entries += [own.refiner.weights] if refiner and own.refiner else []
-    for entry in entries:
+    second = [own.refiner.weights] if refiner and own.refiner else []
+    for entry in (*own.entries, *SAFETY_ENTRIES, *second):
         folder(entry)

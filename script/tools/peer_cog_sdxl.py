@@ -15,64 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
-from torch.nn import functional
 
 from script.tools import bench_models
 from script.tools.bench_workloads import LORA_SCALE, PROMPT, Workload
 from script.tools.peer_diffusers import HIGH_NOISE_SHARE, Diffusers, arguments
-
-_MATRICES = ("to_q_lora", "to_k_lora", "to_v_lora", "to_out_lora")
-
-
-class _LoraLayer(nn.Module):
-    """diffusers' LoRALinearLayer, as of 0.25."""
-
-    def __init__(self, n_in: int, n_out: int, rank: int) -> None:
-        super().__init__()
-        self.down = nn.Linear(n_in, rank, bias=False)
-        self.up = nn.Linear(rank, n_out, bias=False)
-
-    def forward(self, states: Tensor) -> Tensor:
-        result: Tensor = self.up(self.down(states.to(self.down.weight.dtype)))
-        return result.to(states.dtype)
-
-
-class _LoraProcessor(nn.Module):
-    """diffusers' LoRAAttnProcessor2_0, as of 0.25."""
-
-    def __init__(self, attention: Any, rank: int) -> None:  # noqa: ANN401
-        super().__init__()
-        sizes = [(m.in_features, m.out_features) for m in _linear(attention)]
-        for name, (n_in, n_out) in zip(_MATRICES, sizes, strict=True):
-            setattr(self, name, _LoraLayer(n_in, n_out, rank))
-
-    def __call__(
-        self,
-        attn: Any,  # noqa: ANN401
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        **_: object,
-    ) -> Tensor:
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-
-        def both(layer: Any, lora: Any, states: Tensor) -> Tensor:  # noqa: ANN401
-            result: Tensor = layer(states) + LORA_SCALE * lora(states)
-            return result
-
-        def heads(x: Tensor) -> Tensor:
-            return x.reshape(*x.shape[:2], attn.heads, -1).transpose(1, 2)
-
-        query = heads(both(attn.to_q, self.to_q_lora, hidden_states))
-        key = heads(both(attn.to_k, self.to_k_lora, context))
-        value = heads(both(attn.to_v, self.to_v_lora, context))
-        out = functional.scaled_dot_product_attention(query, key, value)
-        out = out.transpose(1, 2).flatten(-2).to(query.dtype)
-        return attn.to_out[1](both(attn.to_out[0], self.to_out_lora, out))  # type: ignore[no-any-return]
-
-
-def _linear(attention: Any) -> tuple[Any, ...]:  # noqa: ANN401
-    return attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]
+from script.tools.peer_lora import MATRICES, LoraProcessor
 
 
 class CogSdxl:
@@ -123,10 +70,10 @@ class CogSdxl:
         for name in unet.attn_processors:
             attention: Any = unet.get_submodule(name.removesuffix(".processor"))
             rank = tensors[f"{name}.to_out_lora.up.weight"].shape[1]
-            processor = _LoraProcessor(attention, rank)
+            processor = LoraProcessor(attention, rank, LORA_SCALE)
             own = {
                 f"{matrix}.{way}.weight": tensors[f"{name}.{matrix}.{way}.weight"]
-                for matrix in _MATRICES
+                for matrix in MATRICES
                 for way in ("down", "up")
             }
             processor.load_state_dict(own)

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
+from script.tools.peer_lora import LoraProcessor
 from training.dataset import Latents
 from training.model import TrainableModel
 
@@ -26,49 +26,6 @@ LORA_DECAY, TI_DECAY = 1e-4, 1e-3
 RETRACT_POWER = 0.1
 
 Batch = tuple[tuple[Tensor, Tensor], Tensor, Tensor]
-
-
-class _LoraLinear(nn.Module):
-    def __init__(self, n_in: int, n_out: int, rank: int) -> None:
-        super().__init__()
-        self.down = nn.Linear(n_in, rank, bias=False)
-        self.up = nn.Linear(rank, n_out, bias=False)
-        nn.init.normal_(self.down.weight, std=1 / rank)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, states: Tensor) -> Tensor:
-        result: Tensor = self.up(self.down(states.to(self.down.weight.dtype)))
-        return result.to(states.dtype)
-
-
-class _LoraProcessor(nn.Module):
-    """diffusers' LoRAAttnProcessor2_0, as of 0.25."""
-
-    def __init__(self, hidden: int, cross: int | None, rank: int) -> None:
-        super().__init__()
-        self.to_q_lora = _LoraLinear(hidden, hidden, rank)
-        self.to_k_lora = _LoraLinear(cross or hidden, hidden, rank)
-        self.to_v_lora = _LoraLinear(cross or hidden, hidden, rank)
-        self.to_out_lora = _LoraLinear(hidden, hidden, rank)
-
-    def __call__(
-        self,
-        attn: Any,  # noqa: ANN401
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        **_: object,
-    ) -> Tensor:
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-
-        def heads(x: Tensor) -> Tensor:
-            return x.reshape(*x.shape[:2], attn.heads, -1).transpose(1, 2)
-
-        query = heads(attn.to_q(hidden_states) + self.to_q_lora(hidden_states))
-        key = heads(attn.to_k(context) + self.to_k_lora(context))
-        value = heads(attn.to_v(context) + self.to_v_lora(context))
-        out = functional.scaled_dot_product_attention(query, key, value)
-        out = out.transpose(1, 2).flatten(-2).to(query.dtype)
-        return attn.to_out[1](attn.to_out[0](out) + self.to_out_lora(out))  # type: ignore[no-any-return]
 
 
 class _Pairs(Dataset[Batch]):
@@ -152,10 +109,8 @@ class PeerTraining:
         unet = self.model.unet
         processors = {}
         for name in unet.attn_processors:
-            cross = None if name.endswith("attn1.processor") else unet.config.cross_attention_dim
-            attention: Any = unet.get_submodule(name.removesuffix(".processor"))
-            hidden = attention.to_q.in_features
-            processors[name] = _LoraProcessor(hidden, cross, self.rank).to(self.model.device)
+            attention = unet.get_submodule(name.removesuffix(".processor"))
+            processors[name] = LoraProcessor(attention, self.rank, 1.0).to(self.model.device)
         layers = [p for processor in processors.values() for p in processor.parameters()]
         unet.set_attn_processor(processors)  # which empties the dictionary
         return layers
