@@ -11,6 +11,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import save
 from torch import Tensor
 
+from generation.request import Margins
 from generation.schedulers import SCHEDULERS
 from tests.trained_files import (
     WIDTH,
@@ -184,3 +185,17 @@ def load_cog(pipeline, scale: float) -> None:
     load_words(pipeline, *COG_WORDS.values(), TOKENS)
     pipeline.load_lora_weights({f"unet.{k}": v for k, v in COG_LORA.items()}, adapter_name="cog")
     pipeline.set_adapters("cog", scale)
+
+
+# A request of each mode and of what else a pass may go through, as changes of a plain one; pictures
+# by the names of the fixture `files`.
+MODES = {
+    "txt2img": {},
+    "img2img": {"image": "picture"},
+    "inpaint": {"image": "picture", "mask": "mask"},
+    "outpaint": {"image": "picture", "outpaint": Margins(16, 0, 0, 0)},
+    "expert": {"refine": "expert_ensemble_refiner"},
+    "base_image": {"refine": "base_image_refiner"},
+    "ancestral": {"scheduler": "K_EULER_ANCESTRAL"},
+    "trained": {"prompt": TYPED, "replicate_weights": COG_ARCHIVE.url},
+}

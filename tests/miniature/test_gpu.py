@@ -10,11 +10,10 @@ from PIL import Image
 from generation import painter
 from generation.controlnets import ControlRequest
 from generation.engine import Engine
-from generation.request import Margins
 from generation.safety import SafetyChecker
 from tests.miniature import concept, safety_bars
 from tests.miniature import training_bars as bars
-from tests.miniature.stock import COG_ARCHIVE, TYPED
+from tests.miniature.stock import COG_ARCHIVE, MODES, TYPED
 from tests.requests import NO_CONTROL
 from training import learner, loop
 from training.base_models import MINIATURE_SDXL, Method
@@ -30,17 +29,6 @@ pytestmark = [
 ]
 CAPTIONS = 16
 CLOSE = 1.0  # mean difference in steps of 255; another seed differs by more
-
-MODES = {
-    "txt2img": {},
-    "img2img": {"image": "picture"},
-    "inpaint": {"image": "picture", "mask": "mask"},
-    "outpaint": {"image": "picture", "outpaint": Margins(16, 0, 0, 0)},
-    "expert": {"refine": "expert_ensemble_refiner"},
-    "base_image": {"refine": "base_image_refiner"},
-    "ancestral": {"scheduler": "K_EULER_ANCESTRAL"},
-    "trained": {"prompt": TYPED, "replicate_weights": COG_ARCHIVE.url},
-}
 
 
 @pytest.fixture(scope="module")

@@ -9,25 +9,17 @@ from generation import passes
 from generation.base_models import MINIATURE_SDXL
 from generation.controlnets import ControlRequest
 from generation.passes import Acceleration, Compiler, Passes
-from generation.request import Margins
-from tests.miniature.stock import COG_ARCHIVE, TYPED
+from tests.miniature.stock import MODES
 from tests.recorder import Recorder
 from tests.requests import NO_CONTROL
 
 STEPS = 4
 REQUESTS = {
-    "txt2img": {},
+    **MODES,
     "two pictures": {"num_outputs": 2, "width": 136},
     # These keep what the UNet gives for later steps; without guidance, as it is.
     "PNDM": {"scheduler": "PNDM", "guidance_scale": 1.0},
     "LMS": {"scheduler": "LMS", "guidance_scale": 1.0},
-    "img2img": {"image": "picture"},
-    "inpaint": {"image": "picture", "mask": "mask"},
-    "outpaint": {"image": "picture", "outpaint": Margins(16, 0, 0, 0)},
-    "expert": {"refine": "expert_ensemble_refiner"},
-    "base_image": {"refine": "base_image_refiner"},
-    "ancestral": {"scheduler": "K_EULER_ANCESTRAL"},
-    "trained": {"prompt": TYPED, "replicate_weights": COG_ARCHIVE.url},
     "control": {"controls": "picture"},
     "part of guidance": {"guidance_end": 0.5},
     "sd15": {"model": "sd15"},
