@@ -15,7 +15,7 @@ import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,8 +56,11 @@ def cuda_recorder() -> Record:
             run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Another thread may be compiling: what it does to the device is its own affair.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),  # a failed recording stays on its own
+            # Another thread may be compiling: what it does to the device is its own affair.
+            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+        ):
             run()
         replay: Replay = graph.replay
         return replay
@@ -146,7 +149,15 @@ class _Way:
         if record is None or self._calls == 1:
             return self._run(inputs)
         if self._recording is None:
-            self._recording = _Recording(self._run, inputs, record)
+            try:
+                self._recording = _Recording(self._run, inputs, record)
+            except torch.OutOfMemoryError:
+                raise  # `Passes` has memory to give back
+            except Exception:  # whatever a driver meets, pictures can be made without it
+                print("A pass could not be recorded and is launched as before", flush=True)
+                traceback.print_exc()
+                self._acceleration = replace(self._acceleration, record=None)
+                return self._run(inputs)
         return self._recording(inputs)
 
     def _run(self, inputs: Sequence[Tensor]) -> Any:  # noqa: ANN401
