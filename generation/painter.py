@@ -141,7 +141,7 @@ class _Painter:
             if second is not None:
                 passes = store.passes(store.load_refiner(spec))
                 refiner = _Refiner(second, passes, studio.texts.encode(second, plan))
-        end = refine.handover(plan, scheduler_of(spec, plan, store.load(spec)))
+        end = refine.handover(plan, lambda: scheduler_of(spec, plan, store.load(spec)))
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in plan.seeds]
         return cls(
             spec,
@@ -204,8 +204,8 @@ class _Painter:
             return []
         with self.stages.time("control_maps"):
             maps = self.maps.look(frame)
-        unet = self.pipeline.unet
-        return control.hints(self.plan.controls, self.nets, maps, unet.device, unet.dtype)
+        like = self.embeddings.prompt_embeds
+        return control.hints(self.plan.controls, self.nets, maps, like.device, like.dtype)
 
     def _guided(
         self, forward: stand_ins.Forward, progress: stand_ins.Progress
@@ -258,7 +258,7 @@ def _encode(
         moments: torch.Tensor = vae.encode(pixels).latent_dist.parameters
         return moments
 
-    pixels = pipeline.image_processor.preprocess(images).to(vae.device, vae.dtype)
+    pixels = pipeline.image_processor.preprocess(images).to(next(vae.parameters()))
     moments = passes.run("encode", encode, pixels)
     if len(images) < len(generators):
         moments = moments.repeat(len(generators), 1, 1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 from collections import OrderedDict
@@ -170,7 +171,7 @@ class PipelineStore:
         model = self.load(spec)
         scheduler = scheduler_of(spec, plan, model)
         pipeline_class = PIPELINE_CLASSES[spec.family, plan.mode]
-        return _build(pipeline_class, model, on_the_host(scheduler), own)
+        return self._build(pipeline_class, model, scheduler, own)
 
     def refiner_pipeline(
         self, spec: BaseModelSpec, plan: GenerationPlan, own: Mapping[str, object]
@@ -183,7 +184,17 @@ class PipelineStore:
         scheduler = build_scheduler(
             plan.scheduler, plan.schedule_type, model.scheduler_config, plan.seeds
         )
-        return _build(pipeline_class, model, on_the_host(scheduler), own)
+        return self._build(pipeline_class, model, scheduler, own)
+
+    def _build(
+        self,
+        class_name: str,
+        model: LoadedModel,
+        scheduler: SchedulerMixin,
+        own: Mapping[str, object],
+    ) -> DiffusionPipeline:
+        pipeline_class = _known_to_be_on(class_name, self._device)
+        return pipeline_class(**{**model.parts, **own}, scheduler=on_the_host(scheduler))
 
     def _read(self, spec: BaseModelSpec, alone: bool) -> LoadedModel:
         import diffusers
@@ -298,16 +309,14 @@ def scheduler_of(spec: BaseModelSpec, plan: GenerationPlan, model: LoadedModel) 
     return build_scheduler(plan.scheduler, plan.schedule_type, config, plan.seeds)
 
 
-def _build(
-    class_name: str,
-    model: LoadedModel,
-    scheduler: SchedulerMixin,
-    own: Mapping[str, object],
-) -> DiffusionPipeline:
+@functools.cache
+def _known_to_be_on(class_name: str, device: torch.device) -> type[DiffusionPipeline]:
+    """diffusers' pipeline class, told where its parts are.
+
+    By itself it looks at each of their modules at each call, in case one is offloaded: SDXL has
+    2,700, which takes longer than a single step on a GPU.
+    """
     import diffusers
 
-    pipeline: DiffusionPipeline = getattr(diffusers, class_name)(
-        **{**model.parts, **own},
-        scheduler=scheduler,
-    )
-    return pipeline
+    stock: type[DiffusionPipeline] = getattr(diffusers, class_name)
+    return type(class_name, (stock,), {"_execution_device": device})

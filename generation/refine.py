@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,16 +16,17 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
 
 
-def handover(plan: GenerationPlan, scheduler: SchedulerMixin) -> float | None:
+def handover(plan: GenerationPlan, new_scheduler: Callable[[], SchedulerMixin]) -> float | None:
     """The share of the noise levels after which the refiner takes over; None: it does not.
 
-    `scheduler` is a new one for the plan.
+    `new_scheduler` gives one for the plan.
 
     `high_noise_frac` as asked, but the base model makes at least the first step, because the
     refiner cannot start from pure noise; with so few steps that none is left, it makes all.
     """
     if plan.refine is None or plan.refine.style is not Refine.EXPERT_ENSEMBLE:
         return None
+    scheduler = new_scheduler()
     scheduler.set_timesteps(plan.num_inference_steps)
     levels: int = scheduler.config.num_train_timesteps
     first = plan.skipped_steps * scheduler.order

@@ -16,7 +16,7 @@ from tests.requests import NO_CONTROL
 STEPS = 4
 REQUESTS = {
     **MODES,
-    "two pictures": {"num_outputs": 2, "width": 136},
+    "two pictures": {"num_outputs": 2, "width": 72},
     # These keep what the UNet gives for later steps; without guidance, as it is.
     "PNDM": {"scheduler": "PNDM", "guidance_scale": 1.0},
     "LMS": {"scheduler": "LMS", "guidance_scale": 1.0},
@@ -43,7 +43,8 @@ def accelerated(engine, monkeypatch):
 @pytest.fixture
 def ask(make, files):
     def ask(name: str, **more):
-        asked = {"num_inference_steps": STEPS, **REQUESTS[name], **more}
+        size = {} if name == "outpaint" else {"width": 64, "height": 64}
+        asked = {"num_inference_steps": STEPS, **size, **REQUESTS[name], **more}
         if asked.get("controls"):
             control = ControlRequest("edge_canny", files["picture"], 0.75, 0, 0.5, is_map=False)
             asked["controls"] = (control, NO_CONTROL, NO_CONTROL)
@@ -82,11 +83,28 @@ def test_python_runs_no_more_once_all_is_recorded(ask, accelerated, engine):
     try:
         ask("txt2img", prompt="a small blue star on a white background", seed=5)
         assert calls == []
-        ask("txt2img", width=136)
+        ask("txt2img", width=72)
         assert calls != []
     finally:
         for handle in handles:
             handle.remove()
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_no_request_looks_through_a_model(name, ask, monkeypatch):
+    """At the real sizes each look takes milliseconds, in which a GPU has nothing to do."""
+    ask(name)
+    looked_at = []
+    named_modules = torch.nn.Module.named_modules
+
+    def watched(module, *args, **kwargs):
+        for found in named_modules(module, *args, **kwargs):
+            looked_at.append(found)
+            yield found
+
+    monkeypatch.setattr(torch.nn.Module, "named_modules", watched)
+    ask(name, seed=7)
+    assert len(looked_at) < 50  # the first few, on the way to some first parameter
 
 
 def test_weights_come_and_go_in_what_is_recorded(ask, accelerated):
@@ -145,6 +163,36 @@ def test_what_does_not_fit_beside_recordings_runs_without_them(ask, accelerated)
     for _ in range(3):
         assert np.abs(ask("txt2img") - plain).max() <= 1
     assert recorder.replays
+
+
+def test_what_cannot_be_recorded_is_launched_as_before(ask, accelerated, capfd):
+    plain = ask("txt2img")
+    attempts = []
+
+    def record(run):
+        attempts.append(run)
+        run()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    accelerated(Acceleration(record, None))
+    for _ in range(3):
+        assert np.abs(ask("txt2img") - plain).max() <= 1
+    said = capfd.readouterr()
+    assert said.out.count("could not be recorded") == len(attempts) == 2  # UNet, VAE's decoder
+    assert "operation not permitted" in said.err
+
+
+def test_a_pass_that_fails_is_told_however_it_is_run():
+    own = Passes(Acceleration(Recorder(), None))
+
+    def function(x):
+        if x.sum() > 2:
+            raise ValueError("too much")
+        return x
+
+    own.run("fails", function, torch.ones(2))
+    with pytest.raises(ValueError, match="too much"):
+        own.run("fails", function, torch.full((2,), 2.0))
 
 
 def test_without_recordings_a_lack_of_memory_is_told(make):
