@@ -3,10 +3,18 @@
 import argparse
 import sys
 
-from script.tools import bench_files, bench_pictures, bench_plot, bench_start, bench_training
+from script.tools import (
+    bench_files,
+    bench_host,
+    bench_pictures,
+    bench_plot,
+    bench_start,
+    bench_training,
+)
 
 COMMANDS = {
     "pictures": bench_pictures,
+    "host": bench_host,
     "start": bench_start,
     "training": bench_training,
     "files": bench_files,

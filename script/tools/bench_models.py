@@ -40,15 +40,18 @@ def check(cpu: bool, parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def settings(cpu: bool) -> Iterator[None]:
-    """The environment for it, of child processes too, with a cache of its own."""
+def settings(cpu: bool, full: bool = False) -> Iterator[None]:
+    """The environment for it, of child processes too, with a cache of its own.
+
+    `full`: the real architectures on the CPU too.
+    """
     before = {name: os.environ.get(name) for name in _VARIABLES}
     with TemporaryDirectory(prefix="bench-weights-") as folder:
         try:
             for name in _VARIABLES:
                 os.environ.pop(name, None)
             os.environ["WEIGHTS_CACHE"] = folder
-            os.environ["WEIGHTS_EDITION"] = "miniature" if cpu else "full"
+            os.environ["WEIGHTS_EDITION"] = "miniature" if cpu and not full else "full"
             os.environ["DEVICE"] = "cpu" if cpu else "cuda"
             yield
         finally:

@@ -8,10 +8,12 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
 
+from generation.base_models import Lineage
 from script.tools import (
     bench,
     bench_machine,
@@ -22,6 +24,7 @@ from script.tools import (
     bench_tables,
     bench_times,
     bench_training,
+    hollow,
     random_cache,
     random_models,
     random_sdxl,
@@ -251,6 +254,31 @@ def test_floors_are_those_of_the_arithmetic():
     assert len(floors) == len(WORKLOADS)
 
 
+# The host's work
+
+
+def test_the_hosts_work_by_the_command(capfd):
+    """With the real architectures: they take no memory here."""
+    name = "SDXL-Turbo, 1 step"
+    before = psutil.Process().memory_info().rss
+    bench.main(["host", "--runs", "1", "--only", name])
+    assert psutil.Process().memory_info().rss < before + 500e6
+    out = capfd.readouterr().out
+    machine, row = rows(out)
+    assert machine.keys() == MACHINE
+    assert set(row["sides"]) == {DIFFUSERS, OURS}
+    assert all(0 < side["p50"] < 10 for side in row["sides"].values())
+    assert {"load", "text", "denoise", "decode", "save"} <= row["sides"][OURS]["stages"].keys()
+    assert f"| {name} | {OURS} |" in out
+
+
+def test_hollow_models_have_all_of_the_real_ones_modules():
+    sdxl, sd = hollow.parts(Lineage.SDXL), hollow.parts(Lineage.SD21)
+    assert sum(p.numel() for p in sdxl["unet"].parameters()) == 2567463684
+    assert sum(p.numel() for p in sd["unet"].parameters()) == 865910724
+    assert hollow.parts(Lineage.SDXL)["unet"] is sdxl["unet"]
+
+
 # Starting
 
 
@@ -334,6 +362,7 @@ def test_nothing_to_plot_is_an_error(tmp_path, capsys):
         (["training", "--steps", "3"], "--steps 3"),
         (["pictures", "--runs", "0"], "--runs is 0"),
         (["start", "--runs", "0"], "--runs is 0"),
+        (["host", "--runs", "0"], "--runs is 0"),
         (["pictures", "--only", "cats"], "cats"),
     ],
 )
