@@ -223,7 +223,7 @@ def measure(
 
 
 def measure_mode(
-    bench: Bench, folder: Path, mode: str, kind: Kind, count: int = SEEDS
+    bench: Bench, folder: Path, mode: str, kind: Kind, count: int = SEEDS, **changes: object
 ) -> tuple[float, float]:
     """Score and uncontrolled score where the shape is drawn into a plain picture."""
     scores: tuple[list[float], list[float]] = ([], [])
@@ -245,6 +245,7 @@ def measure_mode(
                 seed=case.seed,
                 prompt_strength=0.95 if mode == "image to image" else 1.0,
                 controls=controls,
+                **changes,
             )[-1]
             found.append(kind.measure(case, _edges_of(photo), picture))
     return float(np.mean(scores[0])), float(np.mean(scores[1]))
@@ -263,7 +264,9 @@ class Halves:
     without: tuple[float, float]  # the same, uncontrolled
 
 
-def measure_halves(bench: Bench, folder: Path, model: str, count: int = SEEDS) -> Halves:
+def measure_halves(
+    bench: Bench, folder: Path, model: str, count: int = SEEDS, **changes: object
+) -> Halves:
     """Two controls at once, each of which is black where the other one knows something."""
     rows = []
     half = SIDE // 2
@@ -282,7 +285,7 @@ def measure_halves(bench: Bench, folder: Path, model: str, count: int = SEEDS) -
         for name, pixels in (("edge_canny", left), ("segmentation", right)):
             Image.fromarray(pixels).save(folder / f"{name}.png")
             controls.append(ControlRequest(name, folder / f"{name}.png", SCALE, 0, 1, is_map=True))
-        asked = {"model": model, "prompt": case.prompt, "seed": case.seed}
+        asked = {"model": model, "prompt": case.prompt, "seed": case.seed, **changes}
         (both,) = bench.make(controls=(*controls, NO_CONTROL), **asked)
         (plain,) = bench.make(**asked)
         scores = []

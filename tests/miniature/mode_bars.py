@@ -40,7 +40,7 @@ from weights.miniature.world import (
 )
 
 SIDE = MINIATURE_SDXL.native_size
-CASES = 16
+CASES, FEW = 16, 4
 OUTPUTS = 2  # pictures of each case
 BLUR = REQUEST.mask_blur
 ODD_SIZES = ((200, 150), (333, 127))
@@ -57,9 +57,11 @@ Array = NDArray[np.float64]
 class Bench:
     """The engine, and a folder for what goes in and comes out."""
 
-    def __init__(self, engine: Engine, folder: Path) -> None:
+    def __init__(self, engine: Engine, folder: Path, **always: object) -> None:
+        """`always` is in every request that does not say otherwise."""
         self.engine = engine
         self._folder = folder
+        self._request = replace(REQUEST, **always)  # type: ignore[arg-type]
         self._count = itertools.count()
 
     def make(
@@ -72,7 +74,7 @@ class Bench:
             if source is not None:
                 source.save(folder / f"{name}.png")
                 changes[name] = folder / f"{name}.png"
-        files = self.engine.generate(replace(REQUEST, **changes), folder).files
+        files = self.engine.generate(replace(self._request, **changes), folder).files
         return [Image.open(file).convert("RGB") for file in files]
 
 
@@ -141,12 +143,12 @@ class ImageToImage:
     followed: dict[float, float]  # strength → rate of the prompt's shape in its colour
 
 
-def image_to_image(bench: Bench) -> ImageToImage:
+def image_to_image(bench: Bench, count: int = CASES) -> ImageToImage:
     """Each strength on each case; the prompt names a shape and its colour, no background."""
     distances, kept, followed = {}, {}, {}
     for strength in STRENGTHS:
         far, same, new = [], [], []
-        for case in cases():
+        for case in cases(count):
             source = case.source()
             prompt = f"a large {case.colour} {case.shape}"
             asked = Expectation(shape=case.shape, colour=case.colour)
@@ -272,7 +274,7 @@ class Inpainting:
         return float(np.mean([self.seam_ratio(texture) for texture in self.seams]))
 
 
-def inpainting(bench: Bench, blur: int = BLUR) -> Inpainting:
+def inpainting(bench: Bench, count: int = CASES, blur: int = BLUR) -> Inpainting:
     """Another shape in another colour in the place of each case's own, at full strength.
 
     The seam is held against pictures of the same prompts from text alone: their background is as
@@ -281,7 +283,7 @@ def inpainting(bench: Bench, blur: int = BLUR) -> Inpainting:
     """
     right, changed = [], 0
     seams, grounds, source_seams = (collections.defaultdict(list) for _ in range(3))
-    for case in cases():
+    for case in cases(count):
         source, mask, texture = case.source(), case.mask(), case.scene.texture
         untouched = canvas.feather(np.asarray(mask), blur) == 0
         band = seam_band(mask, blur)
@@ -317,12 +319,12 @@ class OddSize:
     repainted: float  # rate
 
 
-def odd_sizes(bench: Bench) -> list[OddSize]:
+def odd_sizes(bench: Bench, count: int = FEW) -> list[OddSize]:
     """Pictures that the model works on at another size than their own."""
     rows = []
     for size, area in itertools.product(ODD_SIZES, InpaintArea):
         right, changed, inside = [], 0, []
-        for case in cases(4):
+        for case in cases(count):
             source, mask = case.source(*size), case.mask(*size)
             untouched = canvas.feather(np.asarray(mask), BLUR) == 0
             for picture in bench.make(
@@ -352,7 +354,7 @@ class HiddenContent:
     different: int  # pixels in which the pictures of two sources differ
 
 
-def hidden_content(bench: Bench) -> list[HiddenContent]:
+def hidden_content(bench: Bench, count: int = 2) -> list[HiddenContent]:
     """Two sources that differ only under the mask: the scene, and the scene with static there."""
     rows = []
     sizes = ((SIDE, SIDE), *ODD_SIZES)
@@ -360,7 +362,7 @@ def hidden_content(bench: Bench) -> list[HiddenContent]:
     grid.append((0.5, sizes[0], InpaintArea.WHOLE_PICTURE))
     for strength, size, area in grid:
         different = 0
-        for case in cases(2):
+        for case in cases(count):
             source, mask = case.source(*size), case.mask(*size)
             static = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), np.uint8)
             other = Image.composite(Image.fromarray(static), source, mask)
@@ -387,7 +389,7 @@ def soft_inpainting(bench: Bench) -> dict[int, float]:
     changes = {}
     for grey in GREYS:
         far = []
-        for case in cases(4):
+        for case in cases(FEW):
             source, mask = case.source(), case.mask()
             soft = mask.point(lambda v, grey=grey: grey if v else 0)
             for picture in bench.make(
@@ -422,7 +424,7 @@ class Outpainting:
         return float(np.mean(list(self.steps.values())))
 
 
-def outpainting(bench: Bench) -> Outpainting:
+def outpainting(bench: Bench, count: int = CASES) -> Outpainting:
     """Scenes that were cropped, back at their size; prompted with the background or all of it.
 
     The step compares the STRIP pixels outside the source's edge with the STRIP pixels inside it
@@ -430,17 +432,17 @@ def outpainting(bench: Bench) -> Outpainting:
     averaged over channels, edges and pictures.
     """
     jobs = []
-    for k, case in enumerate(cases(size="small")):
+    for k, case in enumerate(cases(count, size="small")):
         full = k // len(CROPS) % 2 == 1
         jobs.append((case, case.source(), CROPS[k % len(CROPS)], full))
     return _outpainted(bench, jobs)
 
 
-def outpainting_in_two_passes(bench: Bench) -> Outpainting:
+def outpainting_in_two_passes(bench: Bench, count: int = FEW) -> Outpainting:
     """The middle of scenes of 256 x 128: half its width on either side, more than a pass adds."""
     box = (SIDE // 2, 0, SIDE * 3 // 2, SIDE)
     return _outpainted(
-        bench, [(case, case.source(2 * SIDE, SIDE), box, False) for case in cases(4)]
+        bench, [(case, case.source(2 * SIDE, SIDE), box, False) for case in cases(count)]
     )
 
 
@@ -562,7 +564,7 @@ def report(bench: Bench) -> None:
     )
     _table("Soft inpainting", ("grey", "difference under it (bar: growing)"), *soft.items())
     _table(
-        f"Outpainting, {pictures} pictures in one pass, {4 * OUTPUTS} in two",
+        f"Outpainting, {pictures} pictures in one pass, {FEW * OUTPUTS} in two",
         ("passes", "step at the seam", "bar", "changed inside", "background kept"),
         *(
             (n, o.mean_step(), f"≤ {OUTPAINT_STEP}", o.changed_inside, o.background_kept)

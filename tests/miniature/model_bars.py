@@ -61,18 +61,27 @@ class Images:
     pictures: list[Image.Image]
 
 
-def image_to_image(bench: Bench, model: str, count: int = IMAGE_CASES) -> Images:
-    """Nearly all of a scene drawn anew: another shape in another colour."""
-    return _changed(bench, model, count, 0.95, masked=False)
+def image_to_image(
+    bench: Bench, model: str, count: int = IMAGE_CASES, steps: int | None = None
+) -> Images:
+    """Nearly all of a scene drawn anew: another shape in another colour.
+
+    `steps` are of a model of many; others make as many as they can.
+    """
+    return _changed(bench, model, count, 0.95, steps, masked=False)
 
 
-def inpainting(bench: Bench, model: str, count: int = IMAGE_CASES) -> Images:
+def inpainting(
+    bench: Bench, model: str, count: int = IMAGE_CASES, steps: int | None = None
+) -> Images:
     """A scene's shape repainted as another one in another colour; its background stays."""
-    return _changed(bench, model, count, 1.0, masked=True)
+    return _changed(bench, model, count, 1.0, steps, masked=True)
 
 
-def _changed(bench: Bench, model: str, count: int, strength: float, masked: bool) -> Images:
-    steps = MODELS[model].steps
+def _changed(
+    bench: Bench, model: str, count: int, strength: float, steps: int | None, masked: bool
+) -> Images:
+    few = MODELS[model].steps
     right, pictures = [], []
     for case in cases(count):
         (picture,) = bench.make(
@@ -82,7 +91,7 @@ def _changed(bench: Bench, model: str, count: int, strength: float, masked: bool
             prompt=case.prompt,
             seed=case.seed,
             prompt_strength=strength,
-            num_inference_steps=steps[1] if steps else None,
+            num_inference_steps=few[1] if few else steps,
         )
         right.append(judge(picture, case.asked).all_right)
         pictures.append(picture)

@@ -73,34 +73,36 @@ def filler_tokens(bench: Bench) -> int:
     )
 
 
-def long_prompts(bench: Bench, prefix: str = FILLER) -> float:
+def long_prompts(bench: Bench, prefix: str = FILLER, count: int = LONG_PROMPTS) -> float:
     """The share of captions behind the filler whose shape has the right colour."""
     right = 0
-    for number, (colour, background) in enumerate(pairs(LONG_PROMPTS)):
+    for number, (colour, background) in enumerate(pairs(count)):
         caption = f"a large {colour} circle on {background} background"
         (picture,) = bench.draw(prefix + caption, number, 1)
         right += judge(picture, Expectation(colour=colour)).all_right
-    return right / LONG_PROMPTS
+    return right / count
 
 
-def weighted(bench: Bench, n_pairs: int) -> list[float]:
+def weighted(bench: Bench, n_pairs: int, seeds: int = SEEDS) -> list[float]:
     """The mean share of the first of two colours, for each of its weights."""
     found = []
     for weight in WEIGHTS:
         each = [
-            bench.shares(f"a ({first}:{weight}) and {second} picture", 0, SEEDS)[first]
+            bench.shares(f"a ({first}:{weight}) and {second} picture", 0, seeds)[first]
             for first, second in pairs(n_pairs)
         ]
         found.append(float(np.mean(each)))
     return found
 
 
-def negative(bench: Bench, n_colours: int) -> dict[str, tuple[float, float]]:
+def negative(
+    bench: Bench, n_colours: int, seeds: int = NEGATIVE_SEEDS
+) -> dict[str, tuple[float, float]]:
     """The most common colours' shares without a negative prompt, and with their names in it."""
-    without = bench.shares(OPEN_PROMPT, 0, NEGATIVE_SEEDS)
+    without = bench.shares(OPEN_PROMPT, 0, seeds)
     common = sorted((n for n in COLOURS if without[n] >= COMMON), key=without.__getitem__)
     return {
-        name: (without[name], bench.shares(OPEN_PROMPT, 0, NEGATIVE_SEEDS, negative=name)[name])
+        name: (without[name], bench.shares(OPEN_PROMPT, 0, seeds, negative=name)[name])
         for name in common[-n_colours:]
     }
 

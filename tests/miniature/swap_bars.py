@@ -24,6 +24,7 @@ from weights.catalog import Edition
 STEPS = 20
 ALTERNATIONS = 40
 SWAPS, WARM_UP = 200, 5
+SMALLEST = {"num_inference_steps": 1, "width": 64, "height": 64}
 MOST_EXTRA = 0.10  # bar: of a prediction's time
 MOST_GROWTH = 0.02  # bar
 
@@ -97,16 +98,16 @@ class Memory:
         return self.after / self.before - 1
 
 
-def memory(engine: Engine, folder: Path) -> Memory:
+def memory(engine: Engine, folder: Path, swaps: int = SWAPS) -> Memory:
     """Before and after so many swaps, between a file of each kind, with the smallest request."""
     process = psutil.Process()
     names = itertools.cycle(("kohya", "words", "dora", "other words", "inversion"))
     urls = {name: data_url(folder, name) for name in FILES}
     seen = []
-    for count in range(WARM_UP + SWAPS + 1):
-        if count in (WARM_UP, WARM_UP + SWAPS):
+    for count in range(WARM_UP + swaps + 1):
+        if count in (WARM_UP, WARM_UP + swaps):
             seen.append(process.memory_info().rss)
-        changes = {"replicate_weights": next(names), "num_inference_steps": 1}
+        changes = {"replicate_weights": next(names), **SMALLEST}
         engine.generate(replace(REQUEST, **with_references(changes, urls.__getitem__)), folder)
     return Memory(*seen)
 

@@ -8,8 +8,8 @@ from tests.miniature import control_bars as bars
 from tests.miniature.control_bars import COLOURS_KEPT, HALVES, KINDS, ROWS, TWICE
 from tests.miniature.mode_bars import Bench
 
-FEWER = 4  # of the report's 16 seeds
-STEPS = {"num_inference_steps": 10}
+FEWER = 3  # of the report's 16 seeds
+STEPS = {"num_inference_steps": 8}
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +39,13 @@ def test_pictures_of_few_steps_follow_edges(bench, tmp_path, model):
 
 @pytest.mark.parametrize("mode", bars.MODES)
 def test_pictures_that_start_from_one_follow_edges(bench, tmp_path, mode):
-    score, without = bars.measure_mode(bench, tmp_path, mode, KINDS[0], FEWER)
+    score, without = bars.measure_mode(bench, tmp_path, mode, KINDS[0], FEWER, **STEPS)
     assert score >= max(KINDS[0].bar - 0.05, TWICE * without)
 
 
 @pytest.mark.parametrize("model", ["sdxl", "sd15"])
 def test_two_controls_are_both_obeyed(bench, tmp_path, model):
-    halves = bars.measure_halves(bench, tmp_path, model, FEWER)
+    halves = bars.measure_halves(bench, tmp_path, model, FEWER, **STEPS)
     assert min(halves.edges, halves.segments) >= HALVES
     assert halves.edges >= TWICE * halves.without[0]
 

@@ -28,7 +28,7 @@ FIGURES = [
 
 @pytest.mark.parametrize(("prompt", "expected"), FIGURES)
 def test_the_same_composition_with_sharper_edges(make, prompt, expected):
-    asked = {"prompt": prompt, "num_inference_steps": 20}
+    asked = {"prompt": prompt, "num_inference_steps": 12}
     redrawn, enlarged = (
         make(**asked, hires_fix=2).pictures[0],
         make(**asked, upscale="2").pictures[0],

@@ -20,7 +20,8 @@ from tests.miniature.model_bars import (
 )
 from weights.miniature.evaluate import shares
 
-FEWER = 16  # of the 64 captions, where pictures take twenty steps
+MANY_STEPS, FEW_STEPS = 8, 24  # of the 64 captions, where pictures take many steps or few
+ONE = 1 / FEW_STEPS  # caption, by which the share of so few may be lower
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +31,8 @@ def bench(engine, tmp_path_factory) -> Bench:
 
 @pytest.mark.parametrize("name", SCORES)
 def test_models_of_many_steps_meet_the_bar(bench, name):
-    found = shares(draw(bench, name, FEWER))
-    assert all(found[attribute] >= bar - 1 / FEWER for attribute, bar in ATTRIBUTES.items())
+    found = shares(draw(bench, name, MANY_STEPS))
+    assert all(found[attribute] >= bar - 1 / MANY_STEPS for attribute, bar in ATTRIBUTES.items())
 
 
 @pytest.mark.slow
@@ -45,22 +46,22 @@ def test_models_of_many_steps_meet_the_bar_with_all_captions(bench, name):
 @pytest.fixture(scope="module")
 def few_steps(bench) -> Callable[[str], float]:
     """The score of a model of few steps: the share of captions that are right in all."""
-    return functools.cache(lambda name: shares(draw(bench, name))["all"])
+    return functools.cache(lambda name: shares(draw(bench, name, FEW_STEPS))["all"])
 
 
 @pytest.mark.parametrize(("name", "teacher"), TEACHERS.items())
 def test_models_of_few_steps_draw_nearly_as_well_as_their_teachers(few_steps, name, teacher):
     bar = TURBO if MODELS[name].guidance is Guidance.NONE else LCM
-    assert few_steps(name) >= bar * SCORES[teacher]
+    assert few_steps(name) >= bar * SCORES[teacher] - ONE
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd15"])
 def test_without_lcm_four_steps_are_too_few(bench, few_steps, name):
-    plain = shares(draw(bench, name, scheduler="K_EULER", num_inference_steps=4))["all"]
+    plain = shares(draw(bench, name, FEW_STEPS, scheduler="K_EULER", num_inference_steps=4))["all"]
     assert plain <= few_steps(f"{name}-lcm") - CLEARLY
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_pictures_that_are_sent_are_changed_as_asked(bench, name):
-    assert model_bars.image_to_image(bench, name, count=3).right >= 0.6
-    assert model_bars.inpainting(bench, name, count=3).right >= 0.6
+    assert model_bars.image_to_image(bench, name, count=3, steps=10).right >= 0.6
+    assert model_bars.inpainting(bench, name, count=3, steps=10).right >= 0.6

@@ -143,7 +143,7 @@ def test_a_model_that_cannot_be_read_changes_nothing(tmp_path, monkeypatch):
     assert tight.load(MODELS["sd15"]) is model
 
 
-@pytest.mark.parametrize(("budget", "count"), [(None, 50), (20_000_000, 24)])
+@pytest.mark.parametrize(("budget", "count"), [(None, 50), (20_000_000, 6)])
 def test_switching_in_any_order_takes_no_more_memory_and_changes_no_picture(make, budget, count):
     engine = Engine(Edition.MINIATURE, "cpu", budget=budget)
     process, rng = psutil.Process(), random.Random(0)
@@ -152,7 +152,7 @@ def test_switching_in_any_order_takes_no_more_memory_and_changes_no_picture(make
         names = [*MODELS, *rng.choices(list(MODELS), k=count)]
         return {name: make(engine=engine, model=name, **SIZE).bytes[0] for name in names}
 
-    first = switches(8)  # allocators settle
+    first = switches(4)  # allocators settle
     assert len(set(first.values())) == len(MODELS)
     before = process.memory_info().rss
     assert switches(count) == first

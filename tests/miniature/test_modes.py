@@ -343,7 +343,8 @@ def test_the_expert_ensemble_makes_the_whole_schedule_however_short(
             high_noise_frac=share,
             prompt_strength=strength,
             guidance_scale=1.0,
-            **({"width": 64, "height": 64} if mode != "inpaint" else {}),
+            width=64,
+            height=64,
         )
         assert torch.isfinite(made.latents).all()
         plan = made.result.plan

@@ -19,7 +19,7 @@ from weights.miniature.evaluate import FOLDER
 from weights.miniature.world import place
 
 MODELS = BASE_MODELS[Edition.MINIATURE]
-PROMPT, SEED, STEPS, GUIDANCE = "a large red circle on a blue background", 5, 8, 6.0
+PROMPT, SEED, STEPS, GUIDANCE = "a large red circle on a blue background", 5, 6, 6.0
 SCENE = place("square", "yellow", "green", "medium", "center", np.random.default_rng(3))
 SUBJECT = Subject(SCENE, None)
 MAP_OF = {

@@ -20,6 +20,7 @@ from weights.miniature.world import place, render
 
 PROMPT = "a large red circle on a blue background"
 SEED, STEPS, GUIDANCE = 5, 8, 7.5
+SMALL = {"width": 64, "height": 64}  # inpainting works at the model's own size
 MASK_BOX = (32, 40, 96, 88)  # on the grid of 8x8 pixels that latents have
 
 
@@ -65,6 +66,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
     scene = place("square", "yellow", "green", "medium", "center", np.random.default_rng(3))
     render(scene, 128, 128).save(folder / "image.png")
+    render(scene, 64, 64).save(folder / "small.png")
     render(scene, 152, 96).save(folder / "wide.png")
     mask = Image.new("L", (128, 128))
     left, top, right, bottom = MASK_BOX
@@ -123,9 +125,9 @@ def same(ours: torch.Tensor, stock: torch.Tensor) -> bool:
 @pytest.mark.parametrize("scheduler", COG_SDXLS)
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 def test_image_to_image(image2image, ours, folder, scheduler, strength):
-    path = folder / "image.png"
+    path = folder / "small.png"
     stock = run(image2image, scheduler, seeds(), image=picture(path), strength=strength)
-    assert same(ours(scheduler, image=path, prompt_strength=strength), stock)
+    assert same(ours(scheduler, image=path, prompt_strength=strength, **SMALL), stock)
 
 
 @pytest.mark.parametrize("scheduler", ["K_EULER", "K_EULER_ANCESTRAL", "HeunDiscrete"])
@@ -210,25 +212,25 @@ def test_inpainting_of_two_is_stock_inpainting_of_each(inpainting, ours, folder)
 @pytest.mark.parametrize("count", [1, 2])
 def test_expert_ensemble_after_text(base, refiner, ours, scheduler, count):
     generators = seeds(count)
-    latents = run(base, scheduler, generators, denoising_end=0.8, width=128, height=128)
+    latents = run(base, scheduler, generators, denoising_end=0.8, **SMALL)
     stock = run(refiner, scheduler, generators, image=latents, denoising_start=0.8)
-    made = ours(scheduler, refine="expert_ensemble_refiner", num_outputs=count)
+    made = ours(scheduler, refine="expert_ensemble_refiner", num_outputs=count, **SMALL)
     assert same(made, stock)
 
 
 @pytest.mark.parametrize("scheduler", COG_SDXLS)
 def test_base_image_after_text(base, refiner, ours, scheduler):
     generators = seeds(2)
-    latents = run(base, scheduler, generators, width=128, height=128)
+    latents = run(base, scheduler, generators, **SMALL)
     again = {"num_inference_steps": 11, "strength": BASE_IMAGE_STRENGTH}
     stock = run(refiner, scheduler, generators, image=latents, **again)
-    made = ours(scheduler, refine="base_image_refiner", refine_steps=11, num_outputs=2)
+    made = ours(scheduler, refine="base_image_refiner", refine_steps=11, num_outputs=2, **SMALL)
     assert same(made, stock)
 
 
 @pytest.mark.parametrize("scheduler", COG_SDXLS)
 def test_expert_ensemble_after_an_image(image2image, refiner, ours, folder, scheduler):
-    path, generators = folder / "image.png", seeds()
+    path, generators = folder / "small.png", seeds()
     settings = {"strength": 0.6, "num_inference_steps": 10, "guidance_scale": 1.0}
     latents = run(
         image2image, scheduler, generators, image=picture(path), denoising_end=0.7, **settings
@@ -236,14 +238,15 @@ def test_expert_ensemble_after_an_image(image2image, refiner, ours, folder, sche
     del settings["strength"]
     stock = run(refiner, scheduler, generators, image=latents, denoising_start=0.7, **settings)
     refine = {"refine": "expert_ensemble_refiner", "high_noise_frac": 0.7}
-    made = ours(scheduler, image=path, prompt_strength=0.6, **refine, **settings)
+    made = ours(scheduler, image=path, prompt_strength=0.6, **refine, **settings, **SMALL)
     assert same(made, stock)
 
 
 @pytest.mark.parametrize("scheduler", ["K_EULER", "K_EULER_ANCESTRAL", "PNDM"])
 def test_base_image_after_an_image(image2image, refiner, ours, folder, scheduler):
-    path, generators = folder / "image.png", seeds()
+    path, generators = folder / "small.png", seeds()
     latents = run(image2image, scheduler, generators, image=picture(path), strength=0.6)
     stock = run(refiner, scheduler, generators, image=latents, strength=BASE_IMAGE_STRENGTH)
-    made = ours(scheduler, image=path, prompt_strength=0.6, refine="base_image_refiner")
+    refine = {"refine": "base_image_refiner"}
+    made = ours(scheduler, image=path, prompt_strength=0.6, **refine, **SMALL)
     assert same(made, stock)

@@ -6,7 +6,7 @@ import pytest
 from preprocess.upscale import REAL_ESRGAN, SWINIR
 from tests.miniature import preprocess_bars as bars
 
-FEWER = 24  # scenes: the command measures 64
+FEWER = 8  # scenes: the command measures 64
 CHANCE = 0.05  # by which the mean of so few may be lower
 
 

@@ -7,6 +7,7 @@ import torch
 from generation.base_models import MINIATURE_SDXL
 from generation.errors import InvalidRequest
 from generation.schedulers import SCHEDULERS
+from tests.miniature.stock import DISTINCT
 from weights.miniature.captions import held_out_captions
 from weights.miniature.evaluate import (
     ATTRIBUTES,
@@ -27,6 +28,11 @@ RED_CIRCLE_ON_BLUE = Expectation(shape="circle", colour="red", background="blue"
 ONE_CAPTION = 1 / CAPTIONS  # may turn out otherwise where kernels sum in another order
 
 
+def test_the_vae_gives_back_what_it_is_given():
+    assert reconstruction_psnr(load_pipeline(WEIGHTS).vae, count=64, seed=12345) >= PSNR_BAR
+
+
+@pytest.mark.slow  # test_model_bars.py has a quarter of them drawn by the engine
 def test_held_out_captions_are_followed():
     pipeline = load_pipeline(WEIGHTS)
     rows = judge_captions(pipeline, held_out_captions(CAPTIONS, CAPTION_SEED))
@@ -34,7 +40,6 @@ def test_held_out_captions_are_followed():
     assert {
         n: measured[n] for n, bar in ATTRIBUTES.items() if measured[n] < bar - ONE_CAPTION
     } == {}
-    assert reconstruction_psnr(pipeline.vae, count=64, seed=12345) >= PSNR_BAR
 
 
 def test_the_readmes_first_picture(make):
@@ -44,17 +49,18 @@ def test_the_readmes_first_picture(make):
     assert judge(made.pictures[0], RED_CIRCLE_ON_BLUE).all_right
 
 
+@pytest.mark.slow  # test_schedulers.py asks for one picture of each
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_every_scheduler_makes_the_picture_that_was_asked(make, scheduler):
+def test_most_pictures_of_every_scheduler_are_what_was_asked(make, scheduler):
     made = make(scheduler=scheduler, num_inference_steps=20, num_outputs=4, seed=100)
     right = [judge(picture, RED_CIRCLE_ON_BLUE).all_right for picture in made.pictures]
     assert sum(right) >= 3
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", DISTINCT)
 def test_every_scheduler_works_with_very_few_steps(make, scheduler, steps):
-    made = make(scheduler=scheduler, num_inference_steps=steps)
+    made = make(scheduler=scheduler, num_inference_steps=steps, width=64, height=64)
     assert torch.isfinite(made.latents).all()
 
 

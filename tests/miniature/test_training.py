@@ -91,6 +91,12 @@ def train(model, tmp_path):
     return train
 
 
+@pytest.fixture(scope="module")
+def untouched() -> dict[int, dict[str, torch.Tensor]]:
+    """What trainings without settings give, by the number of examples; made once."""
+    return {}
+
+
 def tensors_of(trained: Trained) -> dict[str, torch.Tensor]:
     weights = trained.weights
     tensors = {f"{m}.{k}": getattr(d, k) for m, d in weights.lora.items() for k in ("down", "up")}
@@ -338,9 +344,11 @@ def test_method_full_changes_the_unet_and_textual_inversion_does_not(train, mode
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_every_setting_has_an_effect(train, settings):
-    n = {"n": settings.get("n", 4)}
-    plain, changed = tensors_of(train(**n)), tensors_of(train(**settings))
+def test_every_setting_has_an_effect(train, untouched, settings):
+    n = settings.get("n", 4)
+    if n not in untouched:
+        untouched[n] = tensors_of(train(n=n))
+    plain, changed = untouched[n], tensors_of(train(**settings))
     assert plain.keys() != changed.keys() or any(
         plain[k].shape != changed[k].shape or not torch.equal(plain[k], changed[k]) for k in plain
     )

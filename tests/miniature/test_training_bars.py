@@ -1,6 +1,7 @@
 """A training with no options teaches the new word, and leaves the other words alone.
 
-All methods and priors: `python -m tests.miniature.training_bars`.
+The server's tests train once too, and look at fewer pictures. All methods and priors:
+`python -m tests.miniature.training_bars`.
 """
 
 import pytest
@@ -31,6 +32,7 @@ def known(bench: Bench) -> float:
     return evaluate.shares(evaluate.judge_captions(bench.pipeline, captions))["shape"]
 
 
+@pytest.mark.slow
 def test_a_training_without_options_teaches_the_word(bench):
     before, knew = bars.share(bench.draw(None)), known(bench)
     weights = bars.train(bars.CONFIG)

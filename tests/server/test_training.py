@@ -12,6 +12,7 @@ import pytest
 from tests.miniature import concept
 from tests.packed import zip_bytes
 from tests.server.conftest import CogServer, are_alike, picture, serving
+from weights.miniature.world import Expectation, judge
 
 PROMPT = "a large red TOK on a blue background"
 PICTURES = 4
@@ -68,7 +69,7 @@ def test_the_archive_is_cog_sdxls_and_tells_of_itself(trained):
 
 
 def test_predictions_show_what_was_trained(trained, server, tmp_path):
-    """By COG_WEIGHTS and by replicate_weights, and not without."""
+    """By COG_WEIGHTS and by replicate_weights, and not without; what was known still is."""
     weights = tmp_path / "trained_model.tar"
     weights.write_bytes(trained)
     inputs = {"prompt": PROMPT, "seed": 1, "num_outputs": PICTURES}
@@ -79,6 +80,11 @@ def test_predictions_show_what_was_trained(trained, server, tmp_path):
     assert are_alike(own, by_request)
     assert houses(plain) == 0
     assert houses(own) >= PICTURES - 1
+    others = {**inputs, "prompt": "a large red circle on a blue background"}
+    known = server.predict(**others, lora_scale=1, replicate_weights=data_url(trained))
+    circle = Expectation("circle", "red", "blue")
+    right = [judge(picture(output), circle).all_right for output in known["output"]]
+    assert sum(right) >= PICTURES - 1
 
 
 def houses(reply: dict) -> int:
