@@ -92,7 +92,8 @@ class HollowOurs(Ours):
         from weights.catalog import Edition
 
         self.predictor: Any = Predictor()
-        self.predictor.folders = OutputFolders()
+        # What else lies in this machine's temporary folder is not a container's.
+        self.predictor.folders = OutputFolders(folder, folder / "server")
         self.predictor.engine = Engine(Edition.FULL, "cpu", HollowStore(), model=model)
         self.predictor.record_metric = self._hear
         self._schema = document(ROOT)

@@ -6,6 +6,7 @@ reader raises SchemaError.
 """
 
 import ast
+import functools
 
 from script.tools.cog_inputs import read_input
 from script.tools.cog_model import InputField, ListOutput, Mode, Signature
@@ -15,6 +16,7 @@ from script.tools.cog_types import read_output
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
+@functools.lru_cache(maxsize=8)
 def read_signature(text: str, path: str, target: str, mode: Mode) -> Signature:
     """The signature of `target` in a file; `path` is only for messages."""
     source = SourceFile(path, text)
