@@ -10,6 +10,15 @@ from tests.miniature.mode_bars import Bench
 
 FEWER = 3  # of the report's 16 seeds
 STEPS = {"num_inference_steps": 8}
+QUICK = [
+    pytest.param(
+        model,
+        kind,
+        marks=() if model == "sdxl" or kind is KINDS[0] else pytest.mark.slow,
+        id=f"{model}-{kind.name}",
+    )
+    for model, kind in ROWS
+]
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +26,7 @@ def bench(engine, tmp_path_factory) -> Bench:
     return Bench(engine, tmp_path_factory.mktemp("bench"))
 
 
-@pytest.mark.parametrize(("model", "kind"), ROWS, ids=[f"{m}-{k.name}" for m, k in ROWS])
+@pytest.mark.parametrize(("model", "kind"), QUICK)
 def test_pictures_follow_their_controls(bench, tmp_path, model, kind):
     found = bars.measure(bench, tmp_path, model, kind, FEWER, **STEPS)
     assert found.score >= kind.bar - 0.05  # of few seeds and steps

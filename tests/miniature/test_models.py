@@ -275,11 +275,13 @@ def test_a_new_word_for_a_model_of_one_text_encoder(stock, make):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_mode_works(make, files, name):
-    asked = {"model": name, "num_inference_steps": 2, "image": files / "image.png"}
+    common = {"model": name, "num_inference_steps": 2}
+    asked = {**common, "image": files / "image.png"}
     assert make(**asked).pictures[0].size == (128, 128)
     assert make(**asked, mask=files / "mask.png").pictures[0].size == (128, 128)
     assert make(**asked, outpaint=Margins(16, 0, 8, 0)).pictures[0].size == (152, 128)
-    assert make(model=name, num_inference_steps=2, hires_fix=1.5).pictures[0].size == (192, 192)
+    small = {"width": 64, "height": 64}
+    assert make(**common, **small, hires_fix=1.5).pictures[0].size == (96, 96)
 
 
 def test_sixteen_pictures_at_once_each_by_its_own_seed(make):

@@ -1,5 +1,7 @@
 """Image to image, inpainting, outpainting and refining: every input works, in every combination."""
 
+import itertools
+
 import diffusers
 import numpy as np
 import pytest
@@ -328,8 +330,13 @@ def timesteps(engine):
         handle.remove()
 
 
-@pytest.mark.parametrize("mode", ["txt2img", "img2img", "inpaint"])
-@pytest.mark.parametrize("scheduler", DISTINCT)
+@pytest.mark.parametrize(
+    ("scheduler", "mode"),
+    [
+        *((scheduler, "txt2img") for scheduler in DISTINCT),
+        *itertools.product(("DDIM", "Heun", "PNDM", "DPM2 a"), ("img2img", "inpaint")),
+    ],
+)
 def test_the_expert_ensemble_makes_the_whole_schedule_however_short(
     run, engine, timesteps, scheduler, mode
 ):
