@@ -38,7 +38,7 @@ EXPERT, BASE_IMAGE = "expert_ensemble_refiner", "base_image_refiner"
 
 # What each request changes in the default one; images are given by their names.
 POOL: dict[str, dict[str, object]] = {
-    "text": {},
+    "text": {"width": 64, "height": 64},
     "two wide": {"width": 96, "height": 64, "num_outputs": 2, "scheduler": "KarrasDPM"},
     "unguided": {"prompt": "a star", "guidance_scale": 1.0, "scheduler": "K_EULER_ANCESTRAL"},
     "expert": {"refine": EXPERT, "high_noise_frac": 0.5, "scheduler": "HeunDiscrete"},

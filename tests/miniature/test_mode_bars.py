@@ -33,7 +33,7 @@ def divisor(request) -> int:
 
 @pytest.fixture
 def bench(engine, divisor, tmp_path) -> Bench:
-    steps = {1: None, 2: 12}  # the model's own number is 20
+    steps = {1: None, 2: 10}  # the model's own number is 20
     return Bench(engine, tmp_path, num_inference_steps=steps[divisor])
 
 

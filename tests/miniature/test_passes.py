@@ -13,7 +13,7 @@ from tests.miniature.stock import MODES
 from tests.recorder import Recorder
 from tests.requests import NO_CONTROL
 
-STEPS = 4
+STEPS = 3
 REQUESTS = {
     **MODES,
     "two pictures": {"num_outputs": 2, "width": 72},

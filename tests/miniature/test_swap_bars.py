@@ -8,7 +8,7 @@ from tests.miniature.swap_bars import MOST_GROWTH
 FRESH_PROCESS = """
 from tests.miniature.swap_bars import memory, open_engine
 with open_engine() as (engine, folder):
-    print(memory(engine, folder, swaps=100).growth)
+    print(memory(engine, folder, swaps=50).growth)
 """
 
 
