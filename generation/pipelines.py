@@ -42,7 +42,7 @@ PIPELINE_CLASSES: dict[tuple[Family, Mode], str] = {
 }
 
 # What the pipelines of a family are told beside their parts: safety and marking are ours.
-_SETTINGS: dict[Family, Mapping[str, object]] = {
+SETTINGS: dict[Family, Mapping[str, object]] = {
     Family.SDXL: {"add_watermarker": False},
     Family.SD: {
         "safety_checker": None,
@@ -204,7 +204,7 @@ class PipelineStore:
         diffusers.utils.logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
         folder = cache.ensure(spec.weights, self._edition)
-        settings = _SETTINGS[spec.family]
+        settings = SETTINGS[spec.family]
         class_name = PIPELINE_CLASSES[spec.family, Mode.TXT2IMG]
         contents = {name: _content(folder, name) for name in _SHARED_PARTS}
         shared = {

@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from script.tools import bench_machine, bench_models, bench_tables, bench_times
-from script.tools.bench_sides import PLAIN, ROOT, Ours, Side
-from script.tools.bench_workloads import DIFFUSERS, OURS, PROMPT, WORKLOADS, Workload
+from script.tools.bench_sides import PLAIN, Ours, Side
+from script.tools.bench_workloads import DIFFUSERS, OURS, WORKLOADS, Workload
 from script.tools.peer_diffusers import Diffusers
 
 NAMES = ("SDXL-Turbo, 1 step", "SD-Turbo, 1 step", "30 steps")
@@ -84,24 +84,24 @@ class HollowOurs(Ours):
     """predict.py around our store of hollow models, in place of what its setup loads."""
 
     def __init__(self, model: str, folder: Path) -> None:
+        self._folder = folder
+        super().__init__(model, dict(PLAIN), folder, None)
+
+    def _set_up(self, model: str, lora: Path | None) -> Any:  # noqa: ANN401
         from generation.engine import Engine
         from generation.outputs import OutputFolders
         from predict import Predictor
         from script.tools.hollow import HollowStore
-        from script.tools.schema import document
         from weights.catalog import Edition
 
-        self.predictor: Any = Predictor()
+        predictor = Predictor()
         # What else lies in this machine's temporary folder is not a container's.
-        self.predictor.folders = OutputFolders(folder, folder / "server")
-        self.predictor.engine = Engine(Edition.FULL, "cpu", HollowStore(), model=model)
-        self.predictor.record_metric = self._hear
-        self._schema = document(ROOT)
-        self.stages = {}
+        predictor.folders = OutputFolders(self._folder, self._folder / "server")
+        predictor.engine = Engine(Edition.FULL, "cpu", HollowStore(), model=model)
+        return predictor
 
-    def prepare(self, workload: Workload) -> None:
+    def _provide(self, model: str, refiner: bool = False) -> None:
         """No files are needed."""
-        self._inputs = self.inputs({"prompt": PROMPT, **PLAIN, **workload.asked})
 
 
 class HollowDiffusers(Diffusers):
@@ -114,10 +114,13 @@ class HollowDiffusers(Diffusers):
     def _load(self) -> Any:  # noqa: ANN401
         import diffusers
 
-        from generation.base_models import Family
+        from generation.pipelines import PIPELINE_CLASSES, SETTINGS
+        from generation.request import Mode
         from script.tools import hollow, random_sdxl
 
-        xl = self.spec.family is Family.SDXL
-        pipeline = getattr(diffusers, f"StableDiffusion{'XL' * xl}Pipeline")
-        scheduler = diffusers.EulerDiscreteScheduler.from_config(random_sdxl.SCHEDULER_CONFIG)
-        return pipeline(**hollow.parts(self.spec.lineage), scheduler=scheduler)
+        family = self.spec.family
+        return getattr(diffusers, PIPELINE_CLASSES[family, Mode.TXT2IMG])(
+            **hollow.parts(self.spec.lineage),
+            **SETTINGS[family],
+            scheduler=diffusers.EulerDiscreteScheduler.from_config(random_sdxl.SCHEDULER_CONFIG),
+        )

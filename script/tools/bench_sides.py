@@ -46,20 +46,30 @@ class Ours:
         self, model: str, more: dict[str, Any], control_picture: Path, lora: Path | None
     ) -> None:
         """`lora` is in every picture, as the operator's weights."""
-        from predict import Predictor
         from script.tools.schema import document
 
-        bench_models.provide(model)
+        self._more, self._control_picture = more, control_picture
+        self.predictor = self._set_up(model, lora)
+        self.predictor.record_metric = self._hear
+        self._schema = document(ROOT)
+        self._inputs: dict[str, Any] = {}
+        self.stages: dict[str, float] = {}
+
+    def _set_up(self, model: str, lora: Path | None) -> Any:  # noqa: ANN401
+        """The predictor, ready."""
+        from predict import Predictor
+
+        self._provide(model)
         os.environ["MODEL"] = (
             model  # which setup loads, and no other; bench_models.settings ends it
         )
-        self.predictor: Any = Predictor()
-        self.predictor.setup(str(lora) if lora else None)
-        self.predictor.record_metric = self._hear
-        self._schema = document(ROOT)
-        self._more, self._control_picture = more, control_picture
-        self._inputs: dict[str, Any] = {}
-        self.stages: dict[str, float] = {}
+        predictor = Predictor()
+        predictor.setup(str(lora) if lora else None)
+        return predictor
+
+    def _provide(self, model: str, refiner: bool = False) -> None:
+        """Have the model's files."""
+        bench_models.provide(model, refiner)
 
     def _hear(self, name: str, value: Any, *_: object) -> None:  # noqa: ANN401
         if name.startswith("seconds."):
@@ -67,7 +77,7 @@ class Ours:
 
     def prepare(self, workload: Workload) -> None:
         """Have the workload's files, and its inputs as Cog gives them."""
-        bench_models.provide(workload.model, "refine" in workload.asked)
+        self._provide(workload.model, "refine" in workload.asked)
         asked = {"prompt": PROMPT, **self._more, **workload.asked}
         if workload.control:
             bench_models.folder("controlnet-union-sdxl")

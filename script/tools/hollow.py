@@ -13,57 +13,59 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection
 
 from generation.base_models import BaseModelSpec, Lineage
 from generation.passes import Acceleration, Replay
-from generation.pipelines import LoadedModel, PipelineStore
+from generation.pipelines import SETTINGS, LoadedModel, PipelineStore
 from script.tools import random_models, random_sdxl
 from weights.catalog import Edition
 
 DTYPE = torch.float16  # as on a GPU
 
-_UNETS: dict[Lineage, Callable[[], nn.Module]] = {
-    Lineage.SDXL: random_sdxl.build_unet,
-    Lineage.SD15: random_models.build_sd15_unet,
-    Lineage.SD21: random_models.build_sd21_unet,
+Encoders = tuple[nn.Module, ...]
+# UNet, VAE, text encoders.
+_BUILDERS: dict[
+    Lineage, tuple[Callable[[], nn.Module], Callable[[], nn.Module], Callable[[], Encoders]]
+] = {
+    Lineage.SDXL: (
+        random_sdxl.build_unet,
+        random_sdxl.build_vae,
+        random_sdxl.build_text_encoders,
+    ),
+    Lineage.SD15: (
+        random_models.build_sd15_unet,
+        random_models.build_sd_vae,
+        lambda: (random_models.build_sd15_text_encoder(),),
+    ),
+    Lineage.SD21: (
+        random_models.build_sd21_unet,
+        random_models.build_sd_vae,
+        lambda: (random_models.build_sd21_text_encoder(),),
+    ),
 }
 
 
 @functools.cache
 def parts(lineage: Lineage) -> Mapping[str, Any]:
-    """Of a model, by a pipeline's names; the same ones at each call."""
-    unet = _hollow(_UNETS[lineage])
-    unet.forward = _no_noise
-    vae = _hollow(_VAES[lineage])
-    vae.decode = _grey  # type: ignore[assignment]
-    first, second = random_sdxl.build_tokenizers()
-    found = {"unet": unet, "vae": vae, "tokenizer": first, "image_encoder": None}
-    if lineage is not Lineage.SDXL:
-        alone = {"safety_checker": None, "requires_safety_checker": False}
-        return {**found, **alone, "text_encoder": _encoder(lineage), "feature_extractor": None}
-    encoders = [_encoder(lineage, number) for number in range(2)]
-    return {
-        **found,
-        "text_encoder": encoders[0],
-        "text_encoder_2": encoders[1],
-        "tokenizer_2": second,
-        "feature_extractor": None,
-        "force_zeros_for_empty_prompt": True,
-        "add_watermarker": False,
-    }
-
-
-_VAES: dict[Lineage, Callable[[], nn.Module]] = {
-    Lineage.SDXL: random_sdxl.build_vae,
-    Lineage.SD15: random_models.build_sd_vae,
-    Lineage.SD21: random_models.build_sd_vae,
-}
-
-
-def _hollow(build: Callable[[], nn.Module]) -> nn.Module:
+    """The modules and tokenizers of a model, by a pipeline's names; the same ones at each call."""
+    build_unet, build_vae, build_encoders = _BUILDERS[lineage]
     with torch.device("meta"):
-        module = build()
-    # Memory that is asked for and never touched is none.
+        unet, vae, encoders = build_unet(), build_vae(), build_encoders()
+    unet.forward = _no_noise
+    vae.decode = _grey  # type: ignore[assignment]
+    found = {"unet": _hollow(unet), "vae": _hollow(vae)}
+    tokenizers = random_sdxl.build_tokenizers()
+    for suffix, encoder, tokenizer in zip(("", "_2"), encoders, tokenizers, strict=False):
+        projects = isinstance(encoder, CLIPTextModelWithProjection)
+        encoder.forward = functools.partial(_no_meaning, encoder.config, projects)
+        found[f"text_encoder{suffix}"] = _hollow(encoder)
+        found[f"tokenizer{suffix}"] = tokenizer
+    return found
+
+
+def _hollow(module: nn.Module) -> nn.Module:
+    """On the CPU, where memory that is asked for and never touched is none."""
     return nn.Module.to(module, DTYPE).to_empty(device="cpu").eval().requires_grad_(False)
 
 
@@ -77,30 +79,20 @@ def _grey(latents: Tensor, return_dict: bool = False, **_: object) -> tuple[Tens
     return (latents.new_zeros(n, 3, 8 * height, 8 * width),)
 
 
-def _encoder(lineage: Lineage, number: int = 0) -> nn.Module:
-    if lineage is Lineage.SD21:
-        encoder = _hollow(random_models.build_sd21_text_encoder)
-    else:
-        encoder = _hollow(lambda: random_sdxl.build_text_encoders()[number])
-    encoder.forward = functools.partial(_no_meaning, encoder.config, projected=number == 1)
-    return encoder
-
-
-def _no_meaning(config: Any, input_ids: Tensor, *, projected: bool, **_: object) -> Any:  # noqa: ANN401
+def _no_meaning(config: Any, projects: bool, input_ids: Tensor, **_: object) -> Any:  # noqa: ANN401
     from transformers.modeling_outputs import BaseModelOutputWithPooling
     from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
     n, length = input_ids.shape
     state = torch.zeros(n, length, config.hidden_size, dtype=DTYPE)
-    states = (state,) * (config.num_hidden_layers + 1)
-    pooled = torch.zeros(n, config.projection_dim if projected else config.hidden_size, dtype=DTYPE)
-    if projected:
-        return CLIPTextModelOutput(
-            text_embeds=pooled, last_hidden_state=state, hidden_states=states
-        )
-    return BaseModelOutputWithPooling(
-        last_hidden_state=state, pooler_output=pooled, hidden_states=states
-    )
+    states = {
+        "last_hidden_state": state,
+        "hidden_states": (state,) * (config.num_hidden_layers + 1),
+    }
+    pooled = torch.zeros(n, config.projection_dim if projects else config.hidden_size, dtype=DTYPE)
+    if projects:
+        return CLIPTextModelOutput(text_embeds=pooled, **states)
+    return BaseModelOutputWithPooling(pooler_output=pooled, **states)
 
 
 class HollowStore(PipelineStore):
@@ -111,7 +103,8 @@ class HollowStore(PipelineStore):
         self.acceleration = Acceleration(_record, None)
 
     def _read(self, spec: BaseModelSpec, alone: bool) -> LoadedModel:
-        return LoadedModel(parts(spec.lineage), random_sdxl.SCHEDULER_CONFIG)
+        settings = SETTINGS[spec.family]
+        return LoadedModel({**parts(spec.lineage), **settings}, random_sdxl.SCHEDULER_CONFIG)
 
 
 def _record(run: Callable[[], None]) -> Replay:
