@@ -21,7 +21,7 @@ from tests.miniature.model_bars import (
 from weights.miniature.evaluate import shares
 
 MANY_STEPS, FEW_STEPS = 8, 24  # of the 64 captions, where pictures take many steps or few
-ONE = 1 / FEW_STEPS  # caption, by which the share of so few may be lower
+CHANCE = 1 / 16  # by which a share of so few may be lower
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def bench(engine, tmp_path_factory) -> Bench:
 @pytest.mark.parametrize("name", SCORES)
 def test_models_of_many_steps_meet_the_bar(bench, name):
     found = shares(draw(bench, name, MANY_STEPS))
-    assert all(found[attribute] >= bar - 1 / MANY_STEPS for attribute, bar in ATTRIBUTES.items())
+    assert all(found[attribute] >= bar - CHANCE for attribute, bar in ATTRIBUTES.items())
 
 
 @pytest.mark.slow
@@ -52,7 +52,7 @@ def few_steps(bench) -> Callable[[str], float]:
 @pytest.mark.parametrize(("name", "teacher"), TEACHERS.items())
 def test_models_of_few_steps_draw_nearly_as_well_as_their_teachers(few_steps, name, teacher):
     bar = TURBO if MODELS[name].guidance is Guidance.NONE else LCM
-    assert few_steps(name) >= bar * SCORES[teacher] - ONE
+    assert few_steps(name) >= bar * SCORES[teacher]
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd15"])

@@ -6,7 +6,7 @@ from tests.miniature import prompt_bars as bars
 from tests.miniature.prompt_bars import Bench
 
 PROMPTS, SEEDS, NEGATIVE_SEEDS = 8, 4, 12  # fewer than the command draws
-ONE = 1 / PROMPTS  # may turn out otherwise where kernels sum in another order
+ONE = 1 / bars.LONG_PROMPTS  # may turn out otherwise where kernels sum in another order
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def test_the_vae_gives_back_what_it_is_given():
     assert reconstruction_psnr(load_pipeline(WEIGHTS).vae, count=32, seed=12345) >= PSNR_BAR
 
 
-@pytest.mark.slow  # test_model_bars.py has a quarter of them drawn by the engine
+@pytest.mark.slow  # test_model_bars.py has an eighth of them drawn by the engine
 def test_held_out_captions_are_followed():
     pipeline = load_pipeline(WEIGHTS)
     rows = judge_captions(pipeline, held_out_captions(CAPTIONS, CAPTION_SEED))
