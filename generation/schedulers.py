@@ -9,7 +9,7 @@ import copy
 import functools
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -61,7 +61,6 @@ class SchedulerSpec:
     max_steps: int | None = None
 
 
-_SEEDED = "DPMSolverSDEScheduler"  # the one that draws by itself
 _SDE: Overrides = {"algorithm_type": "sde-dpmsolver++"}
 # Distilled for at most so many levels: their schedules are drawn from those.
 _DISTILLED_STEPS = 50
@@ -84,7 +83,7 @@ SCHEDULERS: dict[str, SchedulerSpec] = {
     "DPM2 a": SchedulerSpec("KDPM2AncestralDiscreteScheduler", "DPM2 a", _ANY),
     "DPM++ 2M": SchedulerSpec("DPMSolverMultistepScheduler", "DPM++ 2M", _ANY),
     "DPM++ 2M SDE": SchedulerSpec("DPMSolverMultistepScheduler", "DPM++ 2M SDE", _ANY, _SDE),
-    "DPM++ SDE": SchedulerSpec(_SEEDED, "DPM++ SDE", _ANY),
+    "DPM++ SDE": SchedulerSpec("DPMSolverSDEScheduler", "DPM++ SDE", _ANY),
     "DPM++ 2S a": SchedulerSpec("DPMSolverSinglestepScheduler", "DPM++ 2S a", _IN_SIGMA, _SDE),
     "UniPC": SchedulerSpec("UniPCMultistepScheduler", "UniPC", _ANY),
     "DEIS": SchedulerSpec("DEISMultistepScheduler", "DEIS", _ANY),
@@ -99,36 +98,24 @@ def a1111_name(name: str, schedule_type: ScheduleType) -> str:
 
 
 def build_scheduler(
-    name: str,
-    schedule_type: ScheduleType,
-    pristine_config: Mapping[str, object],
-    seeds: Sequence[int] = (),
+    name: str, schedule_type: ScheduleType, published_config: Mapping[str, object]
 ) -> SchedulerMixin:
-    """A new scheduler of the registry from the config that the model came with.
+    """Return a new scheduler of the registry from the config that a model was published with.
 
     Never from another scheduler's config: its overrides would stay for the rest of the process
-    (after one KarrasDPM request every later scheduler would run on Karras sigmas). `seeds` are the
-    pictures', for a scheduler that draws by itself.
+    (after one KarrasDPM request every later scheduler would use Karras sigmas).
     """
-    config = json.dumps(dict(pristine_config), sort_keys=True)
-    scheduler = copy.deepcopy(_unused_scheduler(name, schedule_type, config))
-    if SCHEDULERS[name].class_name == _SEEDED:
-        scheduler.noise_sampler_seed = list(seeds) or None
-    return scheduler
+    config = json.dumps(dict(published_config), sort_keys=True)
+    return copy.deepcopy(_scheduler_template(name, schedule_type, config))
 
 
 @functools.lru_cache(maxsize=128)
-def _unused_scheduler(name: str, schedule_type: ScheduleType, config_json: str) -> SchedulerMixin:
-    """To be copied: diffusers' DPM2 takes half a second to be made, its copy a millisecond."""
+def _scheduler_template(name: str, schedule_type: ScheduleType, config_json: str) -> SchedulerMixin:
+    """Return a scheduler to copy: making diffusers' DPM2 takes half a second, a copy 1 ms."""
     import diffusers
 
     spec = SCHEDULERS[name]
     config = {**json.loads(config_json), **spec.overrides, **_OF_TYPE[schedule_type]}
-    if spec.class_name == _SEEDED:
-        from generation.sde import SeededSDEScheduler
-
-        seeded: SchedulerMixin = SeededSDEScheduler.from_config(config)
-        return seeded
     scheduler_class = getattr(diffusers, spec.class_name)
     # The model's config was written for another class: diffusers warns of what this one lacks.
     known = inspect.signature(scheduler_class.__init__).parameters

@@ -1,4 +1,4 @@
-"""How a picture was made, as other programs read it from the file."""
+"""Metadata that records how an image was made, as other programs read it from the file."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 import re
 from collections.abc import Sequence
 
-from generation.adapters import Adapter
+from generation.lora_merger import Adapter
 from generation.base_models import BaseModelSpec
-from generation.request import GenerationPlan, Mode, Upscaler
+from generation.options import Upscaler
+from generation.plan import GenerationPlan, Mode
 from generation.schedulers import a1111_name
 
 PROGRAM = "cog-stable-diffusion"
@@ -21,11 +22,10 @@ _A1111_UPSCALERS = {Upscaler.SWINIR: "SwinIR 4x", Upscaler.REAL_ESRGAN: "R-ESRGA
 def describe(
     plan: GenerationPlan, spec: BaseModelSpec, adapters: Sequence[Adapter], seed: int
 ) -> str:
-    """A1111's "parameters" of one picture: the prompts, then settings separated by commas.
+    """Return A1111's "parameters" of one image: the prompts, then settings separated by commas.
 
     AUTOMATIC1111/stable-diffusion-webui, modules/infotext_utils.py: parse_generation_parameters;
-    Civitai and ComfyUI's readers take the same. "Inputs" is ours: predict's own inputs, as JSON,
-    where they are more than those settings say.
+    Civitai and ComfyUI read the same. "Inputs" is this project's: the request's inputs as JSON.
     """
     settings: dict[str, object] = {
         "Steps": plan.num_inference_steps,
@@ -43,19 +43,19 @@ def describe(
         settings["Refiner"] = spec.refiner.name
         settings["Refiner switch at"] = f"{plan.refine.high_noise_frac:g}"
     if plan.hires is not None:
-        if plan.mode is Mode.TXT2IMG:  # there, it is the second pass's
+        if plan.mode is Mode.TXT2IMG:  # there, it is that of the hires stage
             settings["Denoising strength"] = f"{plan.hires.strength:g}"
         settings["Hires resize"] = f"{plan.hires.width}x{plan.hires.height}"
         settings["Hires upscaler"] = _A1111_UPSCALERS[plan.upscaler]
-    for k, control in enumerate(plan.controls.controls):
-        told = {
+    for k, control in enumerate(plan.controlnets):
+        values = {
             "Module": control.annotator or "none",
             "Model": control.weights,
             "Weight": f"{control.conditioning_scale:g}",
             "Guidance Start": f"{control.start:g}",
             "Guidance End": f"{control.end:g}",
         }
-        settings[f"ControlNet {k}"] = ", ".join(f"{name}: {value}" for name, value in told.items())
+        settings[f"ControlNet {k}"] = ", ".join(f"{name}: {value}" for name, value in values.items())
     if plan.upscale > 1:
         settings["Postprocess upscale by"] = plan.upscale
         settings["Postprocess upscaler"] = _A1111_UPSCALERS[plan.upscaler]
@@ -74,7 +74,7 @@ def describe(
 
 
 def _shortened(text: str) -> str:
-    """Without what cannot be written as UTF-16, and no longer than there is room for."""
+    """Replace what UTF-16 cannot hold, and cut what exceeds the room in a file."""
     text = re.sub("[\ud800-\udfff\0]", "\N{REPLACEMENT CHARACTER}", text)
     units = text.encode("utf-16-be")
     if len(units) <= 2 * MAX_PROMPT_CHARACTERS:
@@ -83,5 +83,5 @@ def _shortened(text: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """As A1111 quotes: JSON, where a comma, colon or line break would end the value."""
+    """Quote as A1111 does: JSON where a comma, colon or line break would end the value."""
     return json.dumps(text) if re.search(r"[,:\n]", text) else text

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 STRONGER, WEAKER = 1.1, 1 / 1.1  # (word), [word]
 SIGNS = {"+": 1.1, "-": 0.9}  # each of them
 MAX_WEIGHT = 10.0  # of nested weights together; far beyond what still gives a picture
-MAX_LOWERED = 24  # passages of a weight below 1: for each the text encoders run once more
-MAX_PASSAGES = 16  # in one blend or conjunction
+MAX_DOWNWEIGHTED = 24  # segments of a weight below 1: for each the text encoders run once more
+MAX_SEGMENTS = 16  # in one blend or conjunction
 _QUOTED = 60  # characters of the prompt in a note
 
 
@@ -35,14 +35,14 @@ class Fragment:
     weight: float
 
 
-Passage = tuple[Fragment, ...]  # read together
+Segment = tuple[Fragment, ...]  # read together
 
 
 @dataclass(frozen=True)
 class Blend:
-    """A mixture of what several passages mean."""
+    """A mixture of what several segments mean."""
 
-    passages: tuple[Passage, ...]
+    segments: tuple[Segment, ...]
     weights: tuple[float, ...]
     normalized: bool  # whether weights are divided by their sum
 
@@ -51,17 +51,17 @@ class Blend:
 class ParsedPrompt:
     """Parts that are read one after the other, each with a weight."""
 
-    parts: tuple[Passage | Blend, ...]
+    parts: tuple[Segment | Blend, ...]
     weights: tuple[float, ...]
     notes: tuple[str, ...]  # what was taken literally, and why
 
     @property
     def plain(self) -> str:
         """The text without the syntax."""
-        passages: list[Passage] = []
+        segments: list[Segment] = []
         for part in self.parts:
-            passages += part.passages if isinstance(part, Blend) else (part,)
-        return " ".join("".join(f.text for f in passage) for passage in passages)
+            segments += part.segments if isinstance(part, Blend) else (part,)
+        return " ".join("".join(f.text for f in segment) for segment in segments)
 
     @property
     def is_plain(self) -> bool:
@@ -73,14 +73,14 @@ class ParsedPrompt:
 def parse(prompt: str) -> ParsedPrompt:
     """Never fails: see the module's docstring."""
     notes: list[str] = []
-    if form := _FORM.fullmatch(prompt):
-        parsed = _read_form(form, notes)
+    if match := _CONJUNCTION.fullmatch(prompt):
+        parsed = _parse_conjunction(match, notes)
     else:
-        parts = tuple(_passages(prompt, notes))
+        parts = tuple(_segments(prompt, notes))
         parsed = ParsedPrompt(parts, (1.0,) * len(parts), tuple(notes))
-    lowered = sum(_lowered(part) for part in parsed.parts)
-    if lowered > MAX_LOWERED:
-        note = f"it lowers {lowered} passages, more than {MAX_LOWERED}; all is taken literally"
+    downweighted = sum(_downweighted(part) for part in parsed.parts)
+    if downweighted > MAX_DOWNWEIGHTED:
+        note = f"it lowers {downweighted} segments, more than {MAX_DOWNWEIGHTED}; all is taken literally"
         return _all_literal(prompt, [*notes, note])
     return parsed
 
@@ -89,25 +89,25 @@ def _all_literal(prompt: str, notes: Sequence[str]) -> ParsedPrompt:
     return ParsedPrompt((_literal(prompt),), (1.0,), tuple(notes))
 
 
-def _literal(text: str) -> Passage:
+def _literal(text: str) -> Segment:
     return (Fragment(text, 1.0),)
 
 
-def _lowered(part: Passage | Blend) -> int:
-    passages = part.passages if isinstance(part, Blend) else (part,)
-    return sum(f.weight < 1 for passage in passages for f in passage)
+def _downweighted(part: Segment | Blend) -> int:
+    segments = part.segments if isinstance(part, Blend) else (part,)
+    return sum(f.weight < 1 for segment in segments for f in segment)
 
 
 # Whole prompts
 
 _NUMBER = r"(?:\d{1,4}(?:\.\d{1,8})?|\.\d{1,8})"
-_FORM = re.compile(r"\s*\((.*)\)\s*\.(blend|and|add)\(([^()]*)\)\s*", re.DOTALL)
+_CONJUNCTION = re.compile(r"\s*\((.*)\)\s*\.(blend|and|add)\(([^()]*)\)\s*", re.DOTALL)
 _ITEM = re.compile(r'\s*"((?:[^"\\]|\\.)*)"\s*(?:,|$)', re.DOTALL)
-_FORM_WEIGHT = re.compile(rf"-?{_NUMBER}")
+_CONJUNCTION_WEIGHT = re.compile(rf"-?{_NUMBER}")
 
 
-def _read_form(form: re.Match[str], notes: list[str]) -> ParsedPrompt:
-    inside, kind, options = form.groups()
+def _parse_conjunction(match: re.Match[str], notes: list[str]) -> ParsedPrompt:
+    inside, kind, options = match.groups()
     texts, end = [], 0
     while end < len(inside) and (item := _ITEM.match(inside, end)):
         texts.append(item[1])
@@ -115,12 +115,12 @@ def _read_form(form: re.Match[str], notes: list[str]) -> ParsedPrompt:
     words = [word.strip() for word in options.split(",") if word.strip()]
     normalized = not (kind == "blend" and words[-1:] == ["no_normalize"])
     numbers = words if normalized else words[:-1]
-    weights = tuple(float(n) for n in numbers if _FORM_WEIGHT.fullmatch(n)) or (1.0,) * len(texts)
+    weights = tuple(float(n) for n in numbers if _CONJUNCTION_WEIGHT.fullmatch(n)) or (1.0,) * len(texts)
     wrong = (
         "its texts must stand in double quotes, with commas between"
         if end < len(inside) or not texts
-        else f"it has {len(texts)} texts; {MAX_PASSAGES} at most"
-        if len(texts) > MAX_PASSAGES
+        else f"it has {len(texts)} texts; {MAX_SEGMENTS} at most"
+        if len(texts) > MAX_SEGMENTS
         else f"it has {len(texts)} texts and {len(numbers)} weights"
         if len(weights) != len(texts) or len(numbers) not in (0, len(texts))
         else f"its weights may be from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
@@ -130,17 +130,17 @@ def _read_form(form: re.Match[str], notes: list[str]) -> ParsedPrompt:
         else None
     )
     if wrong is not None:
-        return _all_literal(form.string, [f".{kind}() is taken literally: {wrong}"])
-    passages = tuple(_one_passage(text, notes) for text in texts)
+        return _all_literal(match.string, [f".{kind}() is taken literally: {wrong}"])
+    segments = tuple(_one_segment(text, notes) for text in texts)
     if kind == "blend":
-        return ParsedPrompt((Blend(passages, weights, normalized),), (1.0,), tuple(notes))
-    return ParsedPrompt(passages, weights, tuple(notes))
+        return ParsedPrompt((Blend(segments, weights, normalized),), (1.0,), tuple(notes))
+    return ParsedPrompt(segments, weights, tuple(notes))
 
 
-def _one_passage(text: str, notes: list[str]) -> Passage:
+def _one_segment(text: str, notes: list[str]) -> Segment:
     fragments: list[Fragment] = []
-    for passage in _passages(text, notes):
-        fragments += passage
+    for segment in _segments(text, notes):
+        fragments += segment
     return tuple(fragments)
 
 
@@ -285,8 +285,8 @@ def _group_factor(tokens: list[_Token], first: int, last: int, notes: list[str])
     return factor
 
 
-def _passages(text: str, notes: list[str]) -> list[Passage]:
-    """A text's fragments, by the passages that BREAK makes of it."""
+def _segments(text: str, notes: list[str]) -> list[Segment]:
+    """A text's fragments, by the segments that BREAK makes of it."""
     tokens = _scan(text)
     _pair(tokens)
     weights = [1.0]
@@ -312,18 +312,18 @@ def _passages(text: str, notes: list[str]) -> list[Passage]:
         fragments += [[(piece, weights[-1])] for piece in pieces[1:]]
     if unmatched:
         notes.append(f"{unmatched} bracket(s) without a partner are taken literally")
-    return [_fused(own) for own in fragments if any(t.strip() for t, _ in own)] or [_literal("")]
+    return [_merge_adjacent(own) for own in fragments if any(t.strip() for t, _ in own)] or [_literal("")]
 
 
-def _fused(fragments: Sequence[tuple[str, float]]) -> Passage:
-    fused: list[Fragment] = []
+def _merge_adjacent(fragments: Sequence[tuple[str, float]]) -> Segment:
+    merged: list[Fragment] = []
     for text, weight in fragments:
-        if fused and fused[-1].weight == weight:
-            fused[-1] = Fragment(fused[-1].text + text, weight)
-        elif text.strip() or not fused:
-            fused.append(Fragment(text, weight))
+        if merged and merged[-1].weight == weight:
+            merged[-1] = Fragment(merged[-1].text + text, weight)
+        elif text.strip() or not merged:
+            merged.append(Fragment(text, weight))
         else:  # white space alone: whose weight it has shows nowhere
-            fused[-1] = Fragment(fused[-1].text + text, fused[-1].weight)
-    if len(fused) > 1 and not fused[0].text.strip():
-        fused[:2] = [Fragment(fused[0].text + fused[1].text, fused[1].weight)]
-    return tuple(fused)
+            merged[-1] = Fragment(merged[-1].text + text, merged[-1].weight)
+    if len(merged) > 1 and not merged[0].text.strip():
+        merged[:2] = [Fragment(merged[0].text + merged[1].text, merged[1].weight)]
+    return tuple(merged)
