@@ -328,7 +328,9 @@ def _encode_weighted(
     )
     states = []
     for part, weight in zip(parts, weights, strict=True):
-        embeds = _blend(provider, part) if isinstance(part, Blend) else _encode_segment(provider, part)
+        embeds = (
+            _blend(provider, part) if isinstance(part, Blend) else _encode_segment(provider, part)
+        )
         if weight != 1:
             empty = provider.empty_z.repeat(1, embeds.shape[1] // provider.empty_z.shape[1], 1)
             embeds = empty + (embeds - empty) * weight

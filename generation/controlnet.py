@@ -70,7 +70,7 @@ def _render_map(
     if annotator is not None:
         control_map = annotators.annotate(annotator, control_map, settings, detectors)
     if annotators.is_empty(control_map):
-        detects = "anything" if annotator is None else annotators.ANNOTATORS[annotator].detects
+        detects = "anything" if annotator is None else annotators.ANNOTATORS[annotator].looks_for
         print(
             f"{plan.name}: {plan.spec.name} does not find {detects} in the image; its map is"
             " of one colour and has no effect",
@@ -121,9 +121,7 @@ def active_controlnets(
 ) -> list[ActiveControlNet]:
     """Return the ControlNets that have an effect; `models` by catalog entry, `maps` by input."""
     return [
-        ActiveControlNet(
-            plan, models[plan.weights], _to_tensor(maps[plan.name]).to(device, dtype)
-        )
+        ActiveControlNet(plan, models[plan.weights], _to_tensor(maps[plan.name]).to(device, dtype))
         for plan in plans
         if plan.has_effect
     ]

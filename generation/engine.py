@@ -146,7 +146,9 @@ class Engine:
         with timings.measure("save"):
             texts = {}
             if plan.output.parameters is not None:
-                texts = {k: metadata.describe(plan, spec, adapters, plan.seeds[k]) for k in processed}
+                texts = {
+                    k: metadata.describe(plan, spec, adapters, plan.seeds[k]) for k in processed
+                }
             files = outputs.save(processed, folder, plan.output, texts)
             if plan.control_maps.returned:
                 files = (*outputs.save_maps(maps, folder), *files)
@@ -282,6 +284,8 @@ def _log_request(plan: GenerationPlan) -> None:
     if plan.do_classifier_free_guidance:
         return
     if plan.negative_prompt:
-        print("negative_prompt has no effect: guidance_scale is at most 1, which turns guidance off")
+        print(
+            "negative_prompt has no effect: guidance_scale is at most 1, which turns guidance off"
+        )
     if (plan.guidance_start, plan.guidance_end) != (0, 1):
         print("guidance_start and guidance_end have no effect: guidance is off")

@@ -45,7 +45,7 @@ class NonBlockingCopies(TorchFunctionMode):
     Schedulers draw noise at each step by diffusers' `randn_tensor`, which copies it so.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204, E501
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
         """Replace this one kind of call; see PyTorch's torch.overrides."""
         if func is Tensor.to and len(args) == 2 and isinstance(args[1], torch.device):
             return copy_to_device(*args)

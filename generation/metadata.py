@@ -55,7 +55,9 @@ def describe(
             "Guidance Start": f"{control.start:g}",
             "Guidance End": f"{control.end:g}",
         }
-        settings[f"ControlNet {k}"] = ", ".join(f"{name}: {value}" for name, value in values.items())
+        settings[f"ControlNet {k}"] = ", ".join(
+            f"{name}: {value}" for name, value in values.items()
+        )
     if plan.upscale > 1:
         settings["Postprocess upscale by"] = plan.upscale
         settings["Postprocess upscaler"] = _A1111_UPSCALERS[plan.upscaler]

@@ -115,7 +115,9 @@ def _parse_conjunction(match: re.Match[str], notes: list[str]) -> ParsedPrompt:
     words = [word.strip() for word in options.split(",") if word.strip()]
     normalized = not (kind == "blend" and words[-1:] == ["no_normalize"])
     numbers = words if normalized else words[:-1]
-    weights = tuple(float(n) for n in numbers if _CONJUNCTION_WEIGHT.fullmatch(n)) or (1.0,) * len(texts)
+    weights = tuple(float(n) for n in numbers if _CONJUNCTION_WEIGHT.fullmatch(n)) or (1.0,) * len(
+        texts
+    )
     wrong = (
         "its texts must stand in double quotes, with commas between"
         if end < len(inside) or not texts
@@ -312,7 +314,9 @@ def _segments(text: str, notes: list[str]) -> list[Segment]:
         fragments += [[(piece, weights[-1])] for piece in pieces[1:]]
     if unmatched:
         notes.append(f"{unmatched} bracket(s) without a partner are taken literally")
-    return [_merge_adjacent(own) for own in fragments if any(t.strip() for t, _ in own)] or [_literal("")]
+    return [_merge_adjacent(own) for own in fragments if any(t.strip() for t, _ in own)] or [
+        _literal("")
+    ]
 
 
 def _merge_adjacent(fragments: Sequence[tuple[str, float]]) -> Segment:

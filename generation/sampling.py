@@ -93,7 +93,8 @@ def noised(
     one, level = torch.ones(1), timestep[None]
     a = scheduler.add_noise(one, 0 * one, level)[0]
     b = scheduler.add_noise(0 * one, one, level)[0]
-    return a * latents + b * noise
+    result: Tensor = a * latents + b * noise
+    return result
 
 
 def refiner_cutoff(
@@ -105,7 +106,7 @@ def refiner_cutoff(
     refiner cannot start from pure noise.
     """
     sampled = timesteps.scheduled[timesteps.begin : timesteps.end].tolist()
-    cutoff = min(round(num_train_timesteps * (1 - high_noise_frac)), math.floor(sampled[0]))
+    cutoff: int = min(round(num_train_timesteps * (1 - high_noise_frac)), math.floor(sampled[0]))
     if any(t < cutoff for t in sampled):
         return cutoff
     print("refine has no effect: the base model's steps leave none for the refiner")
@@ -122,7 +123,8 @@ def initial_latents(
     """Return the sample that the first timestep denoises: noise, or `init` under noise."""
     start_from(scheduler, timesteps, noise.shape, noise.device, seeds)
     if init is None:
-        return noise * scheduler.init_noise_sigma
+        sample: Tensor = noise * scheduler.init_noise_sigma
+        return sample
     return noised(scheduler, init, noise, timesteps[0])
 
 
