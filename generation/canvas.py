@@ -7,7 +7,6 @@ never squashed: scaled by one factor for both sides, then cropped or padded.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,14 +17,9 @@ from scipy import ndimage
 from generation.base_models import BaseModelSpec
 from generation.blending import Mask, feather, fill, tone_offset, used_box
 from generation.errors import InvalidRequest
-from generation.request import (
-    SIDE_MULTIPLE,
-    GenerationPlan,
-    InpaintArea,
-    Margins,
-    MaskedContent,
-    Mode,
-)
+from generation.options import InpaintArea, MaskedContent
+from generation.plan import GenerationPlan, Mode
+from generation.sizes import SIDE_MULTIPLE, Margins
 from preprocess.images import SourceImage
 
 # A mask that went through JPEG is not quite black and white: 5 % either way is taken for noise.
@@ -36,9 +30,6 @@ MAX_ASPECT_DIFFERENCE = 0.02  # between mask and image: a rounded thumbnail's
 # subjects (measured on the miniature: a shape asked for is drawn right in 0.38 of the cases at 1.8
 # times the area, in 0.75 where that is reduced to 1.5).
 MAX_FRAME_AREA = 1.5
-# xinsir's promax model was trained to extend by 6 to 30 % a side (ControlNetPlus); the same holds
-# for seeing enough of the picture to continue it.
-OUTPAINT_SHARE_PER_PASS = 0.3
 FILL_PIXELS = 4_000_000
 
 
@@ -247,24 +238,6 @@ def _fitted_mask(
 def _snapped(mask: Image.Image) -> Image.Image:
     """Nearly black to black, nearly white to white."""
     return mask.point(lambda v: 0 if v <= _BLACK else 255 if v >= _WHITE else v)
-
-
-def outpaint_passes(size: tuple[int, int], margins: Margins) -> Iterator[Margins]:
-    """The margins in even parts, each at most about 30 % of the side it is added to."""
-    width, height = size
-    count = max(
-        1,
-        *(math.ceil(m / (width * OUTPAINT_SHARE_PER_PASS)) for m in (margins.left, margins.right)),
-        *(math.ceil(m / (height * OUTPAINT_SHARE_PER_PASS)) for m in (margins.top, margins.bottom)),
-    )
-    for k in range(count):
-        parts = (
-            m * (k + 1) // count - m * k // count
-            for m in (margins.left, margins.top, margins.right, margins.bottom)
-        )
-        part = Margins(*parts)
-        if part:  # a side of a few pixels asks for more passes than it has pixels to add
-            yield part
 
 
 def margin_mask(size: tuple[int, int], margins: Margins) -> Mask:

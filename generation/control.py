@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from generation.canvas import Covering, Frame
-from generation.controlnets import ControlPlan, ControlsPlan
+from generation.controlnets import ControlNetPlan
 from generation.passes import Passes
 from generation.stand_ins import Forward, Progress
 from preprocess import annotators
@@ -34,30 +34,32 @@ class ControlMaps:
 
     def __init__(
         self,
-        plan: ControlsPlan,
+        plans: Sequence[ControlNetPlan],
+        settings: annotators.AnnotatorSettings,
         pictures: Mapping[str, Covering],
         detectors: annotators.Detectors,
     ) -> None:
         """`pictures` are the controls' own, by input."""
-        self._plan, self._pictures, self._detectors = plan, pictures, detectors
+        self._plans, self._settings = plans, settings
+        self._pictures, self._detectors = pictures, detectors
         self._frame: Frame | None = None
         self.last: dict[str, Image.Image] = {}  # by input: the maps of the last frame
 
     def look(self, frame: Frame) -> Mapping[str, Image.Image]:
         """The maps (RGB, of the frame's size) for a part of the picture."""
         if frame != self._frame:
-            self.last = {control.name: self._map(control, frame) for control in self._plan.controls}
+            self.last = {control.name: self._map(control, frame) for control in self._plans}
             self._frame = frame
         return self.last
 
-    def _map(self, control: ControlPlan, frame: Frame) -> Image.Image:
+    def _map(self, control: ControlNetPlan, frame: Frame) -> Image.Image:
         ready, name = control.annotator is None, control.annotator
         resampling = Image.Resampling.BILINEAR if ready else Image.Resampling.LANCZOS
-        if ready and control.spec.flat:
+        if ready and control.spec.is_label_map:
             resampling = Image.Resampling.NEAREST
         seen = self._pictures[control.name].look(frame, resampling)
         if name is not None:
-            seen = annotators.annotate(name, seen, self._plan.annotators, self._detectors)
+            seen = annotators.annotate(name, seen, self._settings, self._detectors)
         if annotators.is_empty(seen):
             looks_for = "anything" if name is None else annotators.ANNOTATORS[name].looks_for
             print(
@@ -80,7 +82,7 @@ class Net:
 class Hint:
     """One ControlNet and what it is to say."""
 
-    plan: ControlPlan
+    plan: ControlNetPlan
     net: Net
     map: torch.Tensor  # (1, 3, H, W) in [0, 1]
 
@@ -115,7 +117,7 @@ class Hint:
 
 
 def hints(
-    plan: ControlsPlan,
+    plans: Sequence[ControlNetPlan],
     nets: Mapping[str, Net],
     maps: Mapping[str, Image.Image],
     device: torch.device,
@@ -124,7 +126,7 @@ def hints(
     """Of the controls that count at all; `nets` by catalog entry, `maps` by input."""
     return [
         Hint(control, nets[control.weights], _to_tensor(maps[control.name]).to(device, dtype))
-        for control in plan.controls
+        for control in plans
         if control.conditioning_scale > 0
     ]
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from generation.request import OutputFormat
+from generation.options import OutputFormat
 
 Pixels = NDArray[np.uint8]  # (H, W, 3), sRGB
 

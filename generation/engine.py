@@ -16,10 +16,12 @@ from generation.adapters import Adapter, text_state
 from generation.base_models import BASE_MODELS, DEFAULT_BASE_MODEL, BaseModelSpec
 from generation.errors import InvalidRequest, OutOfDeviceMemory
 from generation.finish import Finisher
+from generation.options import GenerationRequest
 from generation.painter import Studio
 from generation.pipelines import LoadedModel, PipelineStore
+from generation.plan import GenerationPlan, resolve_mode
 from generation.replaceable import ReplaceableWeights, replace_all_trigger_words
-from generation.request import GenerationPlan, GenerationRequest, resolve, resolve_mode
+from generation.resolve import resolve
 from generation.stages import Stages
 from preprocess.annotators import Detectors
 from preprocess.images import SourceImage, read_image, read_mask
@@ -142,16 +144,18 @@ class Engine:
         source = canvas.fit(image, mask, plan) if image else None
         stages = Stages(self.device)
         maps = control.ControlMaps(
-            plan.controls,
+            plan.controlnets,
+            plan.control_maps.annotators,
             {k: canvas.Covering(c.rgb, (plan.width, plan.height)) for k, c in controls.items()},
             self._detectors,
         )
-        if plan.controls.only:
+        if plan.control_maps.only:
             return self._maps_alone(maps, plan, folder, stages)
         print(f"Using seed: {plan.seeds[0]}", flush=True)
-        if plan.negative_prompt and not plan.guided:
+        if plan.negative_prompt and not plan.do_classifier_free_guidance:
             print("negative_prompt has no effect: guidance_scale of up to 1 runs no guidance pass")
-        if (plan.guidance_start, plan.guidance_end) != (0, 1) and not plan.guided:
+        guided = plan.do_classifier_free_guidance
+        if (plan.guidance_start, plan.guidance_end) != (0, 1) and not guided:
             print("guidance_start and guidance_end have no effect: no guidance pass runs")
         with stages.time("load"):
             replaceable = self._load(spec)
@@ -178,7 +182,7 @@ class Engine:
                     for place in finished
                 }
             files = outputs.save(finished, folder, plan.output, told)
-            if plan.controls.returned:
+            if plan.control_maps.returned:
                 files = (*outputs.save_maps(maps.last, folder), *files)
         return GenerationResult(files, plan, stages.seconds, stages.peak_memory())
 

@@ -10,7 +10,8 @@ import torch
 
 from generation import watermark
 from generation.errors import UnsafePictures
-from generation.request import GenerationPlan, Upscaler
+from generation.options import Upscaler
+from generation.plan import GenerationPlan
 from generation.safety import SafetyChecker
 from generation.stages import Stages
 from preprocess import upscale

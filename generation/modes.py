@@ -14,8 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from generation.options import MaskedContent
+from generation.plan import GenerationPlan, Mode
 from generation.prompts import PromptEmbeddings
-from generation.request import SIDE_MULTIPLE, GenerationPlan, MaskedContent, Mode
+from generation.sizes import SIDE_MULTIPLE
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

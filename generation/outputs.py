@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from generation.encode import encode
-from generation.request import OutputFormat, OutputPlan
+from generation.options import OutputFormat
+from generation.plan import OutputPlan
 
 _ROOT_PREFIX = "stable-diffusion-outputs-"
 

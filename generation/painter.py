@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +11,12 @@ import torch
 from generation import canvas, control, modes, prompts, refine, stand_ins
 from generation.base_models import BaseModelSpec
 from generation.blending import Mask
-from generation.controlnets import ControlsPlan
+from generation.controlnets import ControlNetPlan
 from generation.finish import Finisher, to_pictures
 from generation.passes import Passes
 from generation.pipelines import PipelineStore, scheduler_of
-from generation.request import GenerationPlan, HiresPlan, Mode, RepaintPlan
+from generation.plan import GenerationPlan, HiresPlan, Mode, RepaintPlan
+from generation.sizes import outpaint_steps
 from generation.stages import Stages
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def _repaint(
     if source.mask is not None:
         return _repaint_once(painter, pictures, source.mask, (0, 0))
     left, top = settings.outpaint.left, settings.outpaint.top  # still to be added
-    for margins in canvas.outpaint_passes(source.picture.size, settings.outpaint):
+    for margins in outpaint_steps(source.picture.size, settings.outpaint):
         left, top = left - margins.left, top - margins.top
         pictures = [canvas.extend(picture, margins) for picture in pictures]
         mask = canvas.margin_mask(pictures[0].size, margins)
@@ -133,7 +134,7 @@ class _Painter:
         store, spec, own, stages = studio.store, studio.spec, studio.own, studio.stages
         with stages.time("load"):
             pipeline = store.pipeline(spec, plan, own)
-            nets = _load_controlnets(store, spec, plan.controls)
+            nets = _load_controlnets(store, spec, plan.controlnets)
             second = store.refiner_pipeline(spec, plan, own) if plan.refine else None
         with stages.time("text"):
             embeddings = studio.texts.encode(pipeline, plan)
@@ -200,19 +201,19 @@ class _Painter:
 
     def _hints(self, frame: canvas.Frame) -> list[control.Hint]:
         """Of the controls that there are, for this frame."""
-        if not self.plan.controls.controls:
+        if not self.plan.controlnets:
             return []
         with self.stages.time("control_maps"):
             maps = self.maps.look(frame)
         like = self.embeddings.prompt_embeds
-        return control.hints(self.plan.controls, self.nets, maps, like.device, like.dtype)
+        return control.hints(self.plan.controlnets, self.nets, maps, like.device, like.dtype)
 
     def _guided(
         self, forward: stand_ins.Forward, progress: stand_ins.Progress
     ) -> stand_ins.Forward:
         """With guidance where the plan wants it."""
         start, end = self.plan.guidance_start, self.plan.guidance_end
-        if not self.plan.guided or (start, end) == (0, 1):
+        if not self.plan.do_classifier_free_guidance or (start, end) == (0, 1):
             return forward
         return stand_ins.guided_between(forward, start, end, progress)
 
@@ -228,10 +229,10 @@ def _fast(passes: Passes, pipeline: DiffusionPipeline) -> stand_ins.Forward:
 
 
 def _load_controlnets(
-    store: PipelineStore, spec: BaseModelSpec, plan: ControlsPlan
+    store: PipelineStore, spec: BaseModelSpec, plans: Sequence[ControlNetPlan]
 ) -> dict[str, control.Net]:
     """Those that count at all, by catalog entry."""
-    needed = {c.weights for c in plan.controls if c.conditioning_scale > 0}
+    needed = {c.weights for c in plans if c.conditioning_scale > 0}
     nets = {}
     for weights in sorted(needed):
         model = store.load_controlnet(weights, {spec.weights, *needed})

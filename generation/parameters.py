@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from generation.adapters import Adapter
 from generation.base_models import BaseModelSpec
-from generation.request import GenerationPlan, Mode, Upscaler
+from generation.options import Upscaler
+from generation.plan import GenerationPlan, Mode
 from generation.schedulers import a1111_name
 
 PROGRAM = "cog-stable-diffusion"
@@ -47,7 +48,7 @@ def describe(
             settings["Denoising strength"] = f"{plan.hires.strength:g}"
         settings["Hires resize"] = f"{plan.hires.width}x{plan.hires.height}"
         settings["Hires upscaler"] = _A1111_UPSCALERS[plan.upscaler]
-    for k, control in enumerate(plan.controls.controls):
+    for k, control in enumerate(plan.controlnets):
         told = {
             "Module": control.annotator or "none",
             "Model": control.weights,

@@ -15,10 +15,10 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import nn
 
-from generation.base_models import BaseModelSpec, Family, RefinerSpec
+from generation.base_models import Architecture, BaseModelSpec, RefinerSpec
 from generation.host_schedule import on_the_host
 from generation.passes import Passes, acceleration
-from generation.request import GenerationPlan, Mode
+from generation.plan import GenerationPlan, Mode
 from generation.schedulers import build_scheduler
 from weights import cache
 from weights.catalog import Edition
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 
 # By name, so that a class is imported when it is first needed: importing all of diffusers'
 # pipelines takes longer than many a request.
-PIPELINE_CLASSES: dict[tuple[Family, Mode], str] = {
-    (Family.SDXL, Mode.TXT2IMG): "StableDiffusionXLPipeline",
-    (Family.SDXL, Mode.IMG2IMG): "StableDiffusionXLImg2ImgPipeline",
-    (Family.SDXL, Mode.INPAINT): "StableDiffusionXLInpaintPipeline",
-    (Family.SDXL, Mode.OUTPAINT): "StableDiffusionXLInpaintPipeline",
-    (Family.SD, Mode.TXT2IMG): "StableDiffusionPipeline",
-    (Family.SD, Mode.IMG2IMG): "StableDiffusionImg2ImgPipeline",
-    (Family.SD, Mode.INPAINT): "StableDiffusionInpaintPipeline",
-    (Family.SD, Mode.OUTPAINT): "StableDiffusionInpaintPipeline",
+PIPELINE_CLASSES: dict[tuple[Architecture, Mode], str] = {
+    (Architecture.SDXL, Mode.TXT2IMG): "StableDiffusionXLPipeline",
+    (Architecture.SDXL, Mode.IMG2IMG): "StableDiffusionXLImg2ImgPipeline",
+    (Architecture.SDXL, Mode.INPAINT): "StableDiffusionXLInpaintPipeline",
+    (Architecture.SDXL, Mode.OUTPAINT): "StableDiffusionXLInpaintPipeline",
+    (Architecture.SD, Mode.TXT2IMG): "StableDiffusionPipeline",
+    (Architecture.SD, Mode.IMG2IMG): "StableDiffusionImg2ImgPipeline",
+    (Architecture.SD, Mode.INPAINT): "StableDiffusionInpaintPipeline",
+    (Architecture.SD, Mode.OUTPAINT): "StableDiffusionInpaintPipeline",
     # Whatever the request's mode: it goes on from latents, and generation/refine.py keeps the mask.
-    (Family.SDXL_REFINER, Mode.IMG2IMG): "StableDiffusionXLImg2ImgPipeline",
+    (Architecture.SDXL_REFINER, Mode.IMG2IMG): "StableDiffusionXLImg2ImgPipeline",
 }
 
 # What the pipelines of a family are told beside their parts: safety and marking are ours.
-SETTINGS: dict[Family, Mapping[str, object]] = {
-    Family.SDXL: {"add_watermarker": False},
-    Family.SD: {
+SETTINGS: dict[Architecture, Mapping[str, object]] = {
+    Architecture.SDXL: {"add_watermarker": False},
+    Architecture.SD: {
         "safety_checker": None,
         "feature_extractor": None,
         "requires_safety_checker": False,
@@ -170,7 +170,7 @@ class PipelineStore:
         """A pipeline for one request, with a scheduler of its own, and its `own` parts."""
         model = self.load(spec)
         scheduler = scheduler_of(spec, plan, model)
-        pipeline_class = PIPELINE_CLASSES[spec.family, plan.mode]
+        pipeline_class = PIPELINE_CLASSES[spec.architecture, plan.mode]
         return self._build(pipeline_class, model, scheduler, own)
 
     def refiner_pipeline(
@@ -178,7 +178,7 @@ class PipelineStore:
     ) -> DiffusionPipeline:
         """The refiner's pipeline for one request; of its `own` parts, those that a refiner has."""
         assert spec.refiner is not None
-        pipeline_class = PIPELINE_CLASSES[spec.refiner.family, Mode.IMG2IMG]
+        pipeline_class = PIPELINE_CLASSES[spec.refiner.architecture, Mode.IMG2IMG]
         model = self.load_refiner(spec)
         own = {name: part for name, part in own.items() if model.parts[name] is not None}
         scheduler = build_scheduler(
@@ -204,15 +204,15 @@ class PipelineStore:
         diffusers.utils.logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
         folder = cache.ensure(spec.weights, self._edition)
-        settings = SETTINGS[spec.family]
-        class_name = PIPELINE_CLASSES[spec.family, Mode.TXT2IMG]
+        settings = SETTINGS[spec.architecture]
+        class_name = PIPELINE_CLASSES[spec.architecture, Mode.TXT2IMG]
         contents = {name: _content(folder, name) for name in _SHARED_PARTS}
         shared = {
             name: self._shared[content]
             for name, content in contents.items()
             if not alone and content in self._shared
         }
-        borrowed = {name: self._borrow(name, spec, alone) for name in spec.borrowed}
+        borrowed = {name: self._borrow(name, spec, alone) for name in spec.components_from}
         pipeline = getattr(diffusers, class_name).from_pretrained(
             folder,
             **{**shared, **borrowed},
@@ -233,7 +233,7 @@ class PipelineStore:
         import diffusers
 
         assert name == "vae", f"no model borrows a {name}"
-        folder = cache.ensure(spec.borrowed[name], self._edition)
+        folder = cache.ensure(spec.components_from[name], self._edition)
         content = _content(folder, name) or _content(folder, "")
         part = None if alone else self._shared.get(content)
         if part is None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from generation.plan import GenerationPlan
 from generation.prompt_syntax import Blend, Fragment, ParsedPrompt, Passage, parse
-from generation.request import GenerationPlan
 
 if TYPE_CHECKING:
     from compel.embeddings_provider import EmbeddingsProvider
@@ -85,7 +85,7 @@ class Texts:
             return found
 
         prompt = read("prompt", plan.prompt)
-        if not plan.guided:
+        if not plan.do_classifier_free_guidance:
             return PromptEmbeddings(prompt.embeds, prompt.pooled, None, None)
         negative = read("negative_prompt", plan.negative_prompt)
         each = (prompt.embeds, negative.embeds)

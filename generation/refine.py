@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from generation.modes import Generators, Source, Start, common_arguments, noise_to_come
+from generation.options import Refine
+from generation.plan import BASE_IMAGE_STRENGTH, GenerationPlan
 from generation.prompts import PromptEmbeddings
-from generation.request import BASE_IMAGE_STRENGTH, GenerationPlan, Refine
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin

@@ -12,7 +12,7 @@ from torch import nn
 
 from generation.adapters import Adapter, AdapterSlot, with_own_tokens
 from generation.errors import InvalidRequest
-from generation.request import WeightsUse
+from generation.plan import WeightsUse
 from weights import sources
 from weights.references import OPERATOR, Source, Tokens
 from weights.trained import ModelShapes, TrainedWeights, read_trained
