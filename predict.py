@@ -10,12 +10,12 @@ from typing import List, Optional  # noqa: UP035  the spelling that every versio
 
 from cog import BasePredictor, Input, Path, Secret
 
-from generation.controlnets import ControlRequest
 from generation.errors import InvalidRequest
+from generation.options import GenerationRequest
 from generation.outputs import OutputFolders
-from generation.request import GenerationRequest, Margins
+from inputs import from_inputs
 
-# script/sync: generation.base_models.NAMES
+# script/sync: generation.base_models.BASE_MODEL_NAMES
 MODEL_CHOICES = [
     "sdxl",
     "sdxl-turbo",
@@ -26,7 +26,7 @@ MODEL_CHOICES = [
     "sd21",
     "sd-turbo",
 ]
-# script/sync: generation.request.AspectRatio
+# script/sync: generation.sizes.AspectRatio
 ASPECT_RATIO_CHOICES = ["1:1", "3:2", "2:3", "4:3", "3:4", "16:9", "9:16"]
 # script/sync: generation.schedulers.SCHEDULERS
 SCHEDULER_CHOICES = [
@@ -55,17 +55,17 @@ SCHEDULER_CHOICES = [
 
 # script/sync: generation.schedulers.ScheduleType
 SCHEDULE_TYPE_CHOICES = ["automatic", "karras", "exponential", "sgm_uniform"]
-# script/sync: generation.request.Refine
+# script/sync: generation.options.Refine
 REFINE_CHOICES = ["no_refiner", "expert_ensemble_refiner", "base_image_refiner"]
-# script/sync: generation.request.Upscale
+# script/sync: generation.options.Upscale
 UPSCALE_CHOICES = ["off", "2", "4"]
-# script/sync: generation.request.Upscaler
+# script/sync: generation.options.Upscaler
 UPSCALER_CHOICES = ["SwinIR", "Real-ESRGAN"]
-# script/sync: generation.request.OutputFormat
+# script/sync: generation.options.OutputFormat
 OUTPUT_FORMAT_CHOICES = ["png", "webp", "jpg"]
-# script/sync: generation.request.MaskedContent
+# script/sync: generation.options.MaskedContent
 MASKED_CONTENT_CHOICES = ["original", "fill", "noise"]
-# script/sync: generation.request.InpaintArea
+# script/sync: generation.options.InpaintArea
 INPAINT_AREA_CHOICES = ["whole_picture", "masked_region"]
 
 # script/sync: generation.controlnets.CHOICES
@@ -97,9 +97,9 @@ class Predictor(BasePredictor):
         """
         try:
             from generation.base_models import (
+                BASE_MODEL_NAMES,
                 BASE_MODELS,
                 DEFAULT_BASE_MODEL,
-                NAMES,
                 SAFETY_ENTRIES,
             )
             from weights.edition import (
@@ -113,9 +113,10 @@ class Predictor(BasePredictor):
 
             device = resolve_device()
             edition = resolve_edition(cuda_available=device == "cuda")
-            model, preload = requested_models(NAMES, DEFAULT_BASE_MODEL)
+            model, preload = requested_models(BASE_MODEL_NAMES, DEFAULT_BASE_MODEL)
             models = BASE_MODELS[edition]
-            read_ahead([*SAFETY_ENTRIES, *(e for p in preload for e in models[p].entries)], edition)
+            entries = [entry for name in preload for entry in models[name].catalog_entries]
+            read_ahead([*SAFETY_ENTRIES, *entries], edition)
             from generation.engine import Engine  # seconds, in which the files are read
 
             self.folders = OutputFolders()
@@ -465,86 +466,8 @@ class Predictor(BasePredictor):
         ),
     ) -> List[Path]:
         """Make pictures from a prompt, or from a picture and a prompt."""
-        request = GenerationRequest(
-            prompt=prompt,
-            model=model,
-            negative_prompt=negative_prompt,
-            image=_file("image", image),
-            mask=_file("mask", mask),
-            width=_whole(width),
-            height=_whole(height),
-            aspect_ratio=aspect_ratio,
-            num_outputs=int(num_outputs),
-            scheduler=scheduler,
-            schedule_type=schedule_type,
-            num_inference_steps=_whole(num_inference_steps),
-            guidance_scale=guidance_scale,
-            guidance_start=guidance_start,
-            guidance_end=guidance_end,
-            clip_skip=int(clip_skip),
-            prompt_strength=prompt_strength,
-            mask_from_alpha=mask_from_alpha,
-            mask_invert=mask_invert,
-            mask_blur=int(mask_blur),
-            masked_content=masked_content,
-            inpaint_area=inpaint_area,
-            inpaint_padding=int(inpaint_padding),
-            outpaint=Margins(
-                left=int(outpaint_left),
-                top=int(outpaint_top),
-                right=int(outpaint_right),
-                bottom=int(outpaint_bottom),
-            ),
-            controls=(
-                ControlRequest(
-                    controlnet_1,
-                    _file("controlnet_1_image", controlnet_1_image),
-                    controlnet_1_conditioning_scale,
-                    controlnet_1_start,
-                    controlnet_1_end,
-                    controlnet_1_is_map,
-                ),
-                ControlRequest(
-                    controlnet_2,
-                    _file("controlnet_2_image", controlnet_2_image),
-                    controlnet_2_conditioning_scale,
-                    controlnet_2_start,
-                    controlnet_2_end,
-                    controlnet_2_is_map,
-                ),
-                ControlRequest(
-                    controlnet_3,
-                    _file("controlnet_3_image", controlnet_3_image),
-                    controlnet_3_conditioning_scale,
-                    controlnet_3_start,
-                    controlnet_3_end,
-                    controlnet_3_is_map,
-                ),
-            ),
-            canny_low_threshold=int(canny_low_threshold),
-            canny_high_threshold=int(canny_high_threshold),
-            return_control_maps=return_control_maps,
-            control_maps_only=control_maps_only,
-            refine=refine,
-            high_noise_frac=high_noise_frac,
-            refine_steps=_whole(refine_steps),
-            replicate_weights=replicate_weights,
-            lora_scale=lora_scale,
-            loras=tuple(loras),
-            lora_scales=tuple(lora_scales),
-            hf_api_token=_secret(hf_api_token),
-            civitai_api_token=_secret(civitai_api_token),
-            hires_fix=hires_fix,
-            hires_strength=hires_strength,
-            upscale=upscale,
-            upscaler=upscaler,
-            disable_safety_checker=disable_safety_checker,
-            apply_watermark=apply_watermark,
-            output_format=output_format,
-            output_quality=int(output_quality),
-            embed_parameters=embed_parameters,
-            seed=_whole(seed),
-        )
+        inputs = {name: value for name, value in locals().items() if name != "self"}
+        request = from_inputs(GenerationRequest, inputs, InvalidRequest)
         result = self.engine.generate(request, self.folders.fresh())
         self.record_metric("seed", result.plan.seeds[0])
         self.record_metric("num_inference_steps", result.plan.num_inference_steps)
@@ -552,19 +475,3 @@ class Predictor(BasePredictor):
         for stage, seconds in result.seconds.items():
             self.record_metric(f"seconds.{stage}", seconds)
         return [Path(file) for file in result.files]
-
-
-def _whole(value: Optional[float]) -> Optional[int]:
-    """JSON has one number type: 2.0 passes the schema's "integer" and arrives as a float."""
-    return None if value is None else int(value)
-
-
-def _secret(value: Optional[Secret]) -> Optional[str]:
-    return None if value is None else value.get_secret_value()
-
-
-def _file(name: str, value: Optional[Path]) -> Optional[Path]:
-    """The server hands over a downloaded file; anything else would name one of its own files."""
-    if value is not None and not isinstance(value, Path):
-        raise InvalidRequest(f"{name} is {str(value)[:80]!r}; it must be a URL or a data URI")
-    return value

@@ -1,201 +1,200 @@
-"""The kinds of control, and what a request may ask of them. To add a kind, add an entry.
+"""The registry of ControlNets, their inputs and their rules. To add a control type, add an entry.
 
-A ControlNet (arXiv:2302.05543) makes pictures follow a map of edges, depths, poses or the like. An
-annotator takes the map from a picture, or the map itself is sent.
+A ControlNet (arXiv:2302.05543) makes images follow a map of edges, depths, poses or the like. An
+annotator takes the map from an image, or the map itself is sent.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from generation.base_models import BaseModelSpec, Lineage
+from generation.base_models import BaseModel, BaseModelSpec
 from generation.errors import InvalidRequest
-from generation.rules import one_of, within
+from inputs import option
 from preprocess.annotators import ANNOTATORS, AnnotatorSettings
 from weights.catalog import CATALOG
 
-NO_CONTROL = "none"  # fofr/cog-sdxl-multi-controlnet-lora's name for no control
-MAX_CONTROLS = 3
-MAX_CONDITIONING_SCALE = 4.0
-MAX_CANNY_THRESHOLD = 255
-
+NO_CONTROL = "none"  # fofr/cog-sdxl-multi-controlnet-lora's name for none
 UNION = "controlnet-union-sdxl"
 
 
 @dataclass(frozen=True)
 class ControlNetSpec:
-    """One kind of control; its name is also what people choose."""
+    """One control type."""
 
-    name: str
-    keeps: str  # of the control picture, to people who choose
-    annotator: str | None  # of preprocess.annotators; None: the picture is the map
-    weights: Mapping[Lineage, str]  # catalog entries; a lineage for which none was published lacks
-    # Its number in SDXL's union model (diffusers, ControlNetUnionModel); None: not one of its kinds
+    name: str  # also the choice of the input
+    description: str  # what it takes from the control image, in the README
+    annotator: str | None  # of preprocess.annotators; None: the image is the map
+    weights: Mapping[BaseModel, str]  # catalog entries, where one was published
+    # Its index in SDXL's union model (diffusers, ControlNetUnionModel); None: it has none
     union_index: int | None
-    flat: bool = False  # colours of the map are names: there is nothing between two of them
+    is_label_map: bool = False  # colours of the map are labels: never interpolate
 
 
-def _kind(
+def _spec(
     name: str,
-    keeps: str,
+    description: str,
     annotator: str | None,
     union_index: int,
     sd15: str,
     sd21: str | None,
-    flat: bool = False,
+    is_label_map: bool = False,
 ) -> ControlNetSpec:
-    """Of SDXL's union model, and with a ControlNet each for SD 1.5 and 2.1."""
-    weights = {Lineage.SDXL: UNION, Lineage.SD15: f"controlnet-{sd15}-sd15"}
+    """Return a control type of SDXL's union model, with a ControlNet each for SD 1.5 and 2.1."""
+    weights = {BaseModel.SDXL: UNION, BaseModel.SD15: f"controlnet-{sd15}-sd15"}
     if sd21 is not None:
-        weights[Lineage.SD21] = f"controlnet-{sd21}-sd21"
-    return ControlNetSpec(name, keeps, annotator, weights, union_index, flat)
+        weights[BaseModel.SD21] = f"controlnet-{sd21}-sd21"
+    return ControlNetSpec(name, description, annotator, weights, union_index, is_label_map)
 
 
-_KINDS = (
-    _kind("edge_canny", "sharp edges", "canny", 3, "canny", "canny"),
-    _kind("depth_midas", "near and far", "depth_midas", 1, "depth", "depth"),
-    _kind("depth_leres", "near and far, with more detail", "depth_leres", 1, "depth", "depth"),
-    _kind("depth_zoe", "near and far, in true proportion", "depth_zoe", 1, "depth", "zoedepth"),
-    _kind("soft_edge_hed", "soft outlines", "soft_edge_hed", 2, "softedge", "hed"),
-    _kind("soft_edge_pidi", "soft outlines, fewer of them", "soft_edge_pidi", 2, "softedge", "hed"),
-    _kind("lineart", "drawn lines", "lineart", 3, "lineart", "lineart"),
-    _kind("lineart_anime", "lines of an anime", "lineart_anime", 3, "lineart", "lineart"),
-    _kind("mlsd", "straight lines: rooms, buildings", "mlsd", 3, "mlsd", None),
-    _kind("scribble", "the gist of outlines", "scribble", 2, "scribble", "scribble"),
-    _kind("openpose", "how people stand", "openpose", 0, "openpose", "openpose"),
-    _kind("segmentation", "what is where", "segmentation", 5, "segmentation", "segmentation", True),
-    _kind("normal_bae", "which way surfaces face", "normal_bae", 4, "normal", "normal"),
-    _kind("tile", "colours and composition; details are new", None, 6, "tile", None),
+_SPECS = (
+    _spec("edge_canny", "sharp edges", "canny", 3, "canny", "canny"),
+    _spec("depth_midas", "near and far", "depth_midas", 1, "depth", "depth"),
+    _spec("depth_leres", "near and far, with more detail", "depth_leres", 1, "depth", "depth"),
+    _spec("depth_zoe", "near and far, in true proportion", "depth_zoe", 1, "depth", "zoedepth"),
+    _spec("soft_edge_hed", "soft outlines", "soft_edge_hed", 2, "softedge", "hed"),
+    _spec("soft_edge_pidi", "soft outlines, fewer of them", "soft_edge_pidi", 2, "softedge", "hed"),
+    _spec("lineart", "drawn lines", "lineart", 3, "lineart", "lineart"),
+    _spec("lineart_anime", "lines of an anime", "lineart_anime", 3, "lineart", "lineart"),
+    _spec("mlsd", "straight lines: rooms, buildings", "mlsd", 3, "mlsd", None),
+    _spec("scribble", "the gist of outlines", "scribble", 2, "scribble", "scribble"),
+    _spec("openpose", "how people stand", "openpose", 0, "openpose", "openpose"),
+    _spec("segmentation", "what is where", "segmentation", 5, "segmentation", "segmentation", True),
+    _spec("normal_bae", "which way surfaces face", "normal_bae", 4, "normal", "normal"),
+    _spec("tile", "colours and composition; details are new", None, 6, "tile", None),
     ControlNetSpec(
         "illusion",
         "light and dark: patterns and QR codes hidden in a scene",
         annotator=None,
         weights={
-            Lineage.SDXL: "controlnet-illusion-sdxl",
-            Lineage.SD15: "controlnet-illusion-sd15",
+            BaseModel.SDXL: "controlnet-illusion-sdxl",
+            BaseModel.SD15: "controlnet-illusion-sd15",
         },
         union_index=None,
     ),
 )
-CONTROLNETS: dict[str, ControlNetSpec] = {spec.name: spec for spec in _KINDS}
+CONTROLNETS: dict[str, ControlNetSpec] = {spec.name: spec for spec in _SPECS}
 CHOICES = (NO_CONTROL, *CONTROLNETS)
 
 
 @dataclass(frozen=True)
 class ControlRequest:
-    """One of a request's controls, as it was asked for."""
+    """The inputs of one ControlNet."""
 
-    kind: str  # of CHOICES
-    image: Path | None
-    conditioning_scale: float  # 0: it does not count
-    start: float  # share of the steps after which it begins to count
-    end: float  # share of the steps after which it no longer counts
-    is_map: bool  # the image is a map already
+    control_type: str = option(
+        NO_CONTROL,
+        "Control type of ControlNet {n}: what is taken from controlnet_{n}_image.",
+        choices=CHOICES,
+        name="",
+    )
+    image: Path | None = option(
+        None, "Control image {n}, or its control map. Cropped to the size of the output."
+    )
+    conditioning_scale: float = option(
+        0.75, "Conditioning scale of ControlNet {n}. 0 turns it off.", ge=0, le=4
+    )
+    start: float = option(0, "Fraction of the steps after which ControlNet {n} starts.", ge=0, le=1)
+    end: float = option(1, "Fraction of the steps after which ControlNet {n} ends.", ge=0, le=1)
+    is_map: bool = option(
+        False, "Use controlnet_{n}_image as the control map: edges, a depth map, a skeleton."
+    )
 
 
 @dataclass(frozen=True)
-class ControlPlan:
-    """A control that a request uses."""
+class ControlNetPlan:
+    """A ControlNet to apply."""
 
     name: str  # of the input, for messages
     spec: ControlNetSpec
     weights: str  # catalog entry
     conditioning_scale: float
-    start: float
+    start: float  # fractions of the steps between which it acts
     end: float
     annotator: str | None  # None: the image is the map
 
+    @property
+    def has_effect(self) -> bool:
+        """Whether it changes images; otherwise only its map is returned."""
+        return self.conditioning_scale > 0
+
 
 @dataclass(frozen=True)
-class ControlsPlan:
-    """What a request's controls are and what becomes of their maps."""
+class ControlMapsPlan:
+    """How control maps are made, and whether they are returned."""
 
-    controls: tuple[ControlPlan, ...]  # those whose maps are needed, in the order of their inputs
     annotators: AnnotatorSettings
-    returned: bool  # the maps come out before the pictures
-    only: bool  # no pictures are made
+    returned: bool  # before the images
+    only: bool  # no images are generated
 
 
-def resolve_controls(
-    requests: Sequence[ControlRequest],
-    settings: AnnotatorSettings,
-    returned: bool,
-    only: bool,
-    spec: BaseModelSpec,
-) -> ControlsPlan:
-    """Check every rule about controls.
+def resolve_controlnets(
+    requests: Sequence[ControlRequest], maps: ControlMapsPlan, spec: BaseModelSpec
+) -> tuple[ControlNetPlan, ...]:
+    """Check every rule about ControlNets but single ranges; return those whose maps are needed.
 
     Raises:
         InvalidRequest: naming the value, the rule and the remedy.
     """
-    controls = []
+    plans = []
     for k, request in enumerate(requests, 1):
         name = f"controlnet_{k}"
         _check(name, request)
-        if request.kind != NO_CONTROL:
-            controls.append(_resolve(name, request, spec))
-    low, high = settings.canny_low_threshold, settings.canny_high_threshold
-    within("canny_low_threshold", low, 1, MAX_CANNY_THRESHOLD)
-    within("canny_high_threshold", high, 1, MAX_CANNY_THRESHOLD)
+        if request.control_type != NO_CONTROL:
+            plans.append(_resolve(name, request, spec))
+    low, high = maps.annotators.canny_low_threshold, maps.annotators.canny_high_threshold
     if low >= high:
         raise InvalidRequest(
             f"canny_low_threshold is {low} and canny_high_threshold {high}; the first must be below"
             " the second"
         )
-    for name, asked in (("return_control_maps", returned), ("control_maps_only", only)):
-        if asked and not controls:
-            raise InvalidRequest(
-                f"{name} is on, but there is no control whose map could be returned; choose"
-                " controlnet_1 and send controlnet_1_image"
-            )
-    returned = returned or only
-    counting = [c for c in controls if returned or c.conditioning_scale > 0]
-    return ControlsPlan(tuple(counting), settings, returned, only)
+    if maps.returned and not plans:
+        raise InvalidRequest(
+            f"{'control_maps_only' if maps.only else 'return_control_maps'} is on, but there is no"
+            " ControlNet whose map could be returned; choose controlnet_1 and send"
+            " controlnet_1_image"
+        )
+    return tuple(plan for plan in plans if maps.returned or plan.conditioning_scale > 0)
 
 
 def _check(name: str, request: ControlRequest) -> None:
-    one_of(name, request.kind, list(CHOICES))
-    within(f"{name}_conditioning_scale", request.conditioning_scale, 0, MAX_CONDITIONING_SCALE)
-    within(f"{name}_start", request.start, 0, 1)
-    within(f"{name}_end", request.end, 0, 1)
     if request.start >= request.end:
         raise InvalidRequest(
             f"{name}_start is {request.start:g} and {name}_end {request.end:g}; a control ends"
             " after it starts: use a start below the end, such as 0 and 1 for all steps"
         )
-    if request.kind == NO_CONTROL and request.image is not None:
+    if request.control_type == NO_CONTROL and request.image is not None:
         raise InvalidRequest(
-            f"{name}_image is given, but {name} is {NO_CONTROL!r}; choose what the picture"
-            f" controls: one of {', '.join(CONTROLNETS)}"
+            f"{name}_image is given, but {name} is {NO_CONTROL!r}; choose its control type:"
+            f" one of {', '.join(CONTROLNETS)}"
         )
-    if request.kind != NO_CONTROL and request.image is None:
+    if request.control_type != NO_CONTROL and request.image is None:
         raise InvalidRequest(
-            f"{name} is {request.kind}, but {name}_image is missing; send the picture that it is"
-            f" taken from, or a ready-made map and {name}_is_map=true"
+            f"{name} is {request.control_type}, but {name}_image is missing; send the image that"
+            f" it is taken from, or a ready-made map and {name}_is_map=true"
         )
 
 
-def _resolve(name: str, request: ControlRequest, model: BaseModelSpec) -> ControlPlan:
-    kind, entries = CONTROLNETS[request.kind], CATALOG[model.edition]
-    weights = kind.weights.get(model.lineage)
+def _resolve(name: str, request: ControlRequest, model: BaseModelSpec) -> ControlNetPlan:
+    spec, entries = CONTROLNETS[request.control_type], CATALOG[model.edition]
+    weights = spec.weights.get(model.base_model)
     if weights is None or weights not in entries:
-        possible = ", ".join(kinds_of(model))
+        possible = ", ".join(control_types_of(model))
         why = "exists" if weights is None else f"is among the {model.edition} weights"
         raise InvalidRequest(
-            f"{name} is {kind.name}, and no ControlNet of that kind {why} for {model.name}"
-            f" ({model.lineage}); use one of {possible}, or another model"
+            f"{name} is {spec.name}, and no ControlNet of that type {why} for {model.name}"
+            f" ({model.base_model}); use one of {possible}, or another model"
         )
-    annotator = None if request.is_map else kind.annotator
+    annotator = None if request.is_map else spec.annotator
     detector = ANNOTATORS[annotator].weights if annotator is not None else None
     if detector is not None and detector not in entries:
         raise InvalidRequest(
-            f"{name} is {kind.name}, and the {model.edition} weights have nothing that makes such a"
-            f" map of a picture; send a ready-made map and {name}_is_map=true, or set"
+            f"{name} is {spec.name}, and the {model.edition} weights have no annotator that makes"
+            f" such a map; send a ready-made map and {name}_is_map=true, or set"
             " WEIGHTS_EDITION=full"
         )
-    return ControlPlan(
+    return ControlNetPlan(
         name,
-        kind,
+        spec,
         weights,
         request.conditioning_scale,
         request.start,
@@ -204,9 +203,9 @@ def _resolve(name: str, request: ControlRequest, model: BaseModelSpec) -> Contro
     )
 
 
-def kinds_of(model: BaseModelSpec) -> list[str]:
-    """Names of the kinds that the model can be controlled with."""
+def control_types_of(model: BaseModelSpec) -> list[str]:
+    """Return the names of the control types that exist for the model."""
     entries = CATALOG[model.edition]
     return [
-        kind.name for kind in CONTROLNETS.values() if kind.weights.get(model.lineage) in entries
+        spec.name for spec in CONTROLNETS.values() if spec.weights.get(model.base_model) in entries
     ]

@@ -80,7 +80,10 @@ def parse(prompt: str) -> ParsedPrompt:
         parsed = ParsedPrompt(parts, (1.0,) * len(parts), tuple(notes))
     downweighted = sum(_downweighted(part) for part in parsed.parts)
     if downweighted > MAX_DOWNWEIGHTED:
-        note = f"it lowers {downweighted} segments, more than {MAX_DOWNWEIGHTED}; all is taken literally"
+        note = (
+            f"it lowers the weight of {downweighted} segments, more than {MAX_DOWNWEIGHTED}; all is"
+            " taken literally"
+        )
         return _all_literal(prompt, [*notes, note])
     return parsed
 

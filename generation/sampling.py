@@ -1,6 +1,6 @@
 """The sampling loop: timesteps, denoising with guidance, inpainting's known latents.
 
-Latents and the scheduler's arithmetic are fp32 and only the UNet's input is cast, as in k-diffusion.
+Latents and the scheduler's arithmetic are fp32; only the UNet's input is cast, as in k-diffusion.
 Timesteps and sigmas stay on the CPU, where reading one waits for no GPU: in an operation with a
 tensor on a GPU, a CPU tensor of no dimensions is a number.
 """

@@ -25,8 +25,7 @@ from generation.latents import (
 )
 from generation.options import MaskedContent, Refine
 from generation.outpaint import extend, margin_mask
-from generation.plan import GenerationPlan, Mode, StagePlan
-from generation.resolve import BASE_IMAGE_STRENGTH
+from generation.plan import BASE_IMAGE_STRENGTH, GenerationPlan, Mode, StagePlan
 from generation.sampling import (
     CFGDenoiser,
     GuidanceInterval,

@@ -1,56 +1,13 @@
-"""A request with every value as predict.py's defaults have it; tests change what they test."""
+"""A request for what tests look at: one fast, unchecked image of a known seed."""
 
 from generation.controlnets import ControlRequest
-from generation.request import GenerationRequest, Margins
+from generation.options import GenerationRequest
 
-NO_CONTROL = ControlRequest("none", None, conditioning_scale=0.75, start=0, end=1, is_map=False)
+NO_CONTROL = ControlRequest()
 REQUEST = GenerationRequest(
-    model=None,
     prompt="a large red circle on a blue background",
-    negative_prompt="",
-    image=None,
-    mask=None,
-    width=None,
-    height=None,
-    aspect_ratio=None,
-    num_outputs=1,
-    scheduler=None,
-    schedule_type="automatic",
-    num_inference_steps=None,
-    guidance_scale=None,
-    guidance_start=0,
-    guidance_end=1,
-    clip_skip=1,
-    prompt_strength=0.8,
-    mask_from_alpha=False,
-    mask_invert=False,
-    mask_blur=8,
-    masked_content="original",
-    inpaint_area="whole_picture",
-    inpaint_padding=32,
-    outpaint=Margins(0, 0, 0, 0),
-    controls=(NO_CONTROL,) * 3,
-    canny_low_threshold=100,
-    canny_high_threshold=200,
-    return_control_maps=False,
-    control_maps_only=False,
-    refine="no_refiner",
-    high_noise_frac=0.8,
-    refine_steps=None,
-    replicate_weights="",
-    lora_scale=0.6,
-    loras=(),
-    lora_scales=(),
-    hf_api_token=None,
-    civitai_api_token=None,
-    hires_fix=1,
-    hires_strength=None,
-    upscale="off",
-    upscaler="SwinIR",
+    seed=1,
     disable_safety_checker=True,
     apply_watermark=False,
-    output_format="png",
-    output_quality=90,
     embed_parameters=False,
-    seed=1,
 )

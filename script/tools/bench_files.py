@@ -38,7 +38,7 @@ def rows(side: int) -> list[Row]:
 
     from generation import watermark
     from generation.encode import encode
-    from generation.request import OutputFormat
+    from generation.options import OutputFormat
 
     torch.set_num_threads(1)
     pixels = photo(side, side)

@@ -115,12 +115,12 @@ class HollowDiffusers(Diffusers):
         import diffusers
 
         from generation.pipelines import PIPELINE_CLASSES, SETTINGS
-        from generation.request import Mode
+        from generation.plan import Mode
         from script.tools import hollow, random_sdxl
 
-        family = self.spec.family
+        family = self.spec.architecture
         return getattr(diffusers, PIPELINE_CLASSES[family, Mode.TXT2IMG])(
-            **hollow.parts(self.spec.lineage),
+            **hollow.parts(self.spec.base_model),
             **SETTINGS[family],
             scheduler=diffusers.EulerDiscreteScheduler.from_config(random_sdxl.SCHEDULER_CONFIG),
         )

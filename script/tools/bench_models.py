@@ -100,5 +100,5 @@ def provide(model: str, refiner: bool = False) -> None:
 
     own = spec(model)
     second = [own.refiner.weights] if refiner and own.refiner else []
-    for entry in (*own.entries, *SAFETY_ENTRIES, *second):
+    for entry in (*own.catalog_entries, *SAFETY_ENTRIES, *second):
         folder(entry)

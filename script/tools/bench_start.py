@@ -95,7 +95,7 @@ def _bare_inputs() -> dict[str, Any]:
 
     bench_models.provide("sdxl")
     spec = bench_models.spec("sdxl")
-    vae = bench_models.folder(spec.borrowed["vae"]) if spec.borrowed else None
+    vae = bench_models.folder(spec.components_from["vae"]) if spec.components_from else None
     return {
         "folder": str(bench_models.folder(spec.weights)),
         "vae": str(vae) if vae else None,

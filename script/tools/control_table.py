@@ -1,6 +1,6 @@
 """The README's table of controls, from the registry and the catalog."""
 
-from generation.base_models import Lineage
+from generation.base_models import BaseModel
 from generation.controlnets import CONTROLNETS, UNION, ControlNetSpec
 from preprocess.annotators import ANNOTATORS
 from weights.catalog import Edition, HubFiles, get_entry
@@ -11,7 +11,7 @@ _PICTURE = "the picture itself"
 def control_table() -> str:
     """A Markdown table with one row per kind of control, as it is published."""
     rows: list[tuple[str, ...]] = [
-        ("`controlnet_1`", "Keeps", "Map made by", *Lineage),
+        ("`controlnet_1`", "Keeps", "Map made by", *BaseModel),
         ("---",) * 6,
     ]
     rows += [_row(kind) for kind in CONTROLNETS.values()]
@@ -19,8 +19,8 @@ def control_table() -> str:
 
 
 def _row(kind: ControlNetSpec) -> tuple[str, ...]:
-    nets = [_net(kind.weights.get(lineage)) for lineage in Lineage]
-    return (f"`{kind.name}`", kind.keeps, _maker(kind), *nets)
+    nets = [_net(kind.weights.get(lineage)) for lineage in BaseModel]
+    return (f"`{kind.name}`", kind.description, _maker(kind), *nets)
 
 
 def _maker(kind: ControlNetSpec) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
-from generation.base_models import BaseModelSpec, Lineage
+from generation.base_models import BaseModel, BaseModelSpec
 from generation.passes import Acceleration, Replay
 from generation.pipelines import SETTINGS, LoadedModel, PipelineStore
 from script.tools import random_models, random_sdxl
@@ -26,19 +26,19 @@ DTYPE = torch.float16  # as on a GPU
 Encoders = tuple[nn.Module, ...]
 # UNet, VAE, text encoders.
 _BUILDERS: dict[
-    Lineage, tuple[Callable[[], nn.Module], Callable[[], nn.Module], Callable[[], Encoders]]
+    BaseModel, tuple[Callable[[], nn.Module], Callable[[], nn.Module], Callable[[], Encoders]]
 ] = {
-    Lineage.SDXL: (
+    BaseModel.SDXL: (
         random_sdxl.build_unet,
         random_sdxl.build_vae,
         random_sdxl.build_text_encoders,
     ),
-    Lineage.SD15: (
+    BaseModel.SD15: (
         random_models.build_sd15_unet,
         random_models.build_sd_vae,
         lambda: (random_models.build_sd15_text_encoder(),),
     ),
-    Lineage.SD21: (
+    BaseModel.SD21: (
         random_models.build_sd21_unet,
         random_models.build_sd_vae,
         lambda: (random_models.build_sd21_text_encoder(),),
@@ -47,7 +47,7 @@ _BUILDERS: dict[
 
 
 @functools.cache
-def parts(lineage: Lineage) -> Mapping[str, Any]:
+def parts(lineage: BaseModel) -> Mapping[str, Any]:
     """The modules and tokenizers of a model, by a pipeline's names; the same ones at each call."""
     build_unet, build_vae, build_encoders = _BUILDERS[lineage]
     with torch.device("meta"):
@@ -103,8 +103,8 @@ class HollowStore(PipelineStore):
         self.acceleration = Acceleration(_record, None)
 
     def _read(self, spec: BaseModelSpec, alone: bool) -> LoadedModel:
-        settings = SETTINGS[spec.family]
-        return LoadedModel({**parts(spec.lineage), **settings}, random_sdxl.SCHEDULER_CONFIG)
+        settings = SETTINGS[spec.architecture]
+        return LoadedModel({**parts(spec.base_model), **settings}, random_sdxl.SCHEDULER_CONFIG)
 
 
 def _record(run: Callable[[], None]) -> Replay:

@@ -1,6 +1,6 @@
 """The README's table of models, from the registry and the catalog."""
 
-from generation.base_models import BASE_MODELS, BaseModelSpec, Guidance
+from generation.base_models import BASE_MODELS, BaseModelSpec, GuidanceMode
 from weights.catalog import Edition, get_entry
 
 
@@ -27,15 +27,15 @@ def _row(spec: BaseModelSpec) -> tuple[str, ...]:
         _guidance(spec),
         ", ".join(dict.fromkeys(entry.licence for entry in entries)),
         "yes" if all(entry.commercial_use for entry in entries) else "no",
-        spec.good_for,
+        spec.description,
     )
 
 
 def _guidance(spec: BaseModelSpec) -> str:
-    if spec.guidance is Guidance.NONE:
+    if spec.guidance is GuidanceMode.NONE:
         return "none, no negative prompt"
     told = f"{spec.guidance_scale:g}"
     if spec.guidance_scales is not None:
         low, high = spec.guidance_scales
         told += f" ({low:g} to {high:g})"
-    return told if spec.guidance is Guidance.SECOND_PASS else f"{told}, no negative prompt"
+    return told if spec.guidance is GuidanceMode.CLASSIFIER_FREE else f"{told}, no negative prompt"

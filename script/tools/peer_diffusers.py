@@ -50,13 +50,13 @@ class Diffusers:
             _compile(self.base)
 
     def _load(self) -> Any:  # noqa: ANN401
-        from generation.base_models import Family
+        from generation.base_models import Architecture
 
-        xl = self.spec.family is Family.SDXL
+        xl = self.spec.architecture is Architecture.SDXL
         name = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
         alone = {"safety_checker": None, "requires_safety_checker": False}
         more: dict[str, Any] = {"add_watermarker": False} if xl else alone
-        if "vae" in self.spec.borrowed:
+        if "vae" in self.spec.components_from:
             more["vae"] = self._vae()
         pipeline = _class(name).from_pretrained(
             bench_models.folder(self.spec.weights), variant="fp16", dtype=self.dtype, **more
@@ -69,7 +69,7 @@ class Diffusers:
         return pipeline
 
     def _vae(self) -> Any:  # noqa: ANN401
-        folder = bench_models.folder(self.spec.borrowed["vae"])
+        folder = bench_models.folder(self.spec.components_from["vae"])
         folder = folder / "vae" if (folder / "vae").is_dir() else folder
         variant = "fp16" if any(folder.glob("*.fp16.*")) else None
         return _class("AutoencoderKL").from_pretrained(folder, variant=variant, dtype=self.dtype)

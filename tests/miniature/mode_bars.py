@@ -22,7 +22,8 @@ from scipy import ndimage
 from generation import canvas
 from generation.base_models import MINIATURE_SDXL
 from generation.engine import Engine
-from generation.request import InpaintArea, Margins
+from generation.options import InpaintArea
+from generation.sizes import Margins
 from tests.miniature.stock import DISTINCT
 from tests.requests import REQUEST
 from weights.catalog import Edition

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from generation.base_models import BASE_MODELS, BaseModelSpec, Guidance
+from generation.base_models import BASE_MODELS, BaseModelSpec, GuidanceMode
 from tests.miniature.mode_bars import SIDE, Bench, cases, open_bench
 from weights.catalog import Edition
 from weights.miniature.captions import held_out_captions
@@ -117,7 +117,7 @@ def _row(name: str, how: str, found: dict[str, float], *more: str) -> None:
 
 
 def _how(spec: BaseModelSpec) -> str:
-    guided = spec.guidance is not Guidance.NONE and spec.guidance_scale > 1
+    guided = spec.guidance is not GuidanceMode.NONE and spec.guidance_scale > 1
     steps = f"{spec.num_inference_steps} step{'s' if spec.num_inference_steps > 1 else ''}"
     return f"{steps}, {f'guidance {spec.guidance_scale:g}' if guided else 'no guidance'}"
 
@@ -138,7 +138,7 @@ def report(bench: Bench, grid_file: Path | None) -> None:
         teacher = TEACHERS.get(name)
         told = ("", ", ".join(f"{key} ≥ {bar:.0%}" for key, bar in ATTRIBUTES.items()))
         if teacher is not None:
-            bar = TURBO if spec.guidance is Guidance.NONE else LCM
+            bar = TURBO if spec.guidance is GuidanceMode.NONE else LCM
             told = (f"{found['all'] / scores[teacher]:.1%}", f"≥ {bar:.0%}")
         _row(name, _how(spec), found, *told)
     for name in ("sdxl", "sd15"):

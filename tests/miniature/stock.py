@@ -11,8 +11,8 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import save
 from torch import Tensor
 
-from generation.request import Margins
 from generation.schedulers import SCHEDULERS
+from generation.sizes import Margins
 from tests.trained_files import (
     WIDTH,
     cog_embeddings,

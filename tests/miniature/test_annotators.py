@@ -178,7 +178,7 @@ def test_an_empty_map_is_one_of_a_single_colour():
 
 def test_nothing_is_imported_before_a_detector_is_needed():
     code = (
-        "import sys, preprocess.annotators, generation.request; "
+        "import sys, preprocess.annotators, generation.resolve; "
         "assert not {'torch', 'cv2', 'controlnet_aux', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from generation.base_models import Lineage
+from generation.base_models import BaseModel
 from script.tools import (
     bench,
     bench_machine,
@@ -273,10 +273,10 @@ def test_the_hosts_work_by_the_command(capfd):
 
 
 def test_hollow_models_have_all_of_the_real_ones_modules():
-    sdxl, sd = hollow.parts(Lineage.SDXL), hollow.parts(Lineage.SD21)
+    sdxl, sd = hollow.parts(BaseModel.SDXL), hollow.parts(BaseModel.SD21)
     assert sum(p.numel() for p in sdxl["unet"].parameters()) == 2567463684
     assert sum(p.numel() for p in sd["unet"].parameters()) == 865910724
-    assert hollow.parts(Lineage.SDXL)["unet"] is sdxl["unet"]
+    assert hollow.parts(BaseModel.SDXL)["unet"] is sdxl["unet"]
 
 
 # Starting

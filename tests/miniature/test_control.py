@@ -15,7 +15,7 @@ from generation.controlnets import ControlRequest
 from generation.engine import Engine
 from generation.errors import InvalidRequest
 from generation.pipelines import LoadedModel, PipelineStore
-from generation.request import Margins
+from generation.sizes import Margins
 from generation.stand_ins import Progress
 from preprocess import annotators
 from tests.miniature.isolation import ERRORS, failing_at
@@ -51,8 +51,7 @@ def folder(tmp_path_factory) -> Path:
 def control(folder):
     def control(name: str = "photo", kind: str = "edge_canny", **changes) -> ControlRequest:
         is_map = changes.pop("is_map", name in ("canny", "segmentation"))
-        asked = ControlRequest(kind, folder / f"{name}.png", 0.75, 0, 1, is_map)
-        return replace(asked, **changes)
+        return replace(ControlRequest(kind, folder / f"{name}.png", is_map=is_map), **changes)
 
     return control
 

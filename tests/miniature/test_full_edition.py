@@ -40,7 +40,7 @@ def full_engine(tmp_path, monkeypatch):
 
 
 def test_every_entry_that_a_model_names_is_in_the_catalog():
-    assert {SDXL.weights, *SDXL.borrowed.values()} <= set(CATALOG[Edition.FULL])
+    assert {SDXL.weights, *SDXL.components_from.values()} <= set(CATALOG[Edition.FULL])
 
 
 def test_the_full_layout_makes_the_same_picture(full_engine, make, monkeypatch):

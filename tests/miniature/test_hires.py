@@ -11,7 +11,8 @@ from PIL import Image
 import generation.painter
 from generation.base_models import MINIATURE_SDXL, SDXL
 from generation.errors import InvalidRequest
-from generation.request import Margins, resolve
+from generation.resolve import resolve
+from generation.sizes import Margins
 from preprocess.upscale import Upscaler
 from tests.requests import REQUEST
 from weights.catalog import Edition
@@ -137,8 +138,8 @@ def test_what_is_refused(tmp_path):
     asked = replace(REQUEST, hires_fix=2.5)
     with pytest.raises(
         InvalidRequest,
-        match=r"hires_fix is 2.5, which makes 2560x2560 of 1024x1024; sdxl draws at most 4194304"
-        r" pixels: use hires_fix up to 2, and upscale for more",
+        match=r"hires_fix is 2.5, which makes 2560x2560 of 1024x1024; sdxl generates at most"
+        r" 4194304 pixels: use hires_fix up to 2, and upscale for more",
     ):
         resolve(asked, SDXL, None)
     resolve(replace(asked, hires_fix=2), SDXL, None)

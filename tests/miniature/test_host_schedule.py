@@ -17,8 +17,9 @@ from generation.base_models import MINIATURE_SDXL
 from generation.host_schedule import WAITS, on_the_host
 from generation.passes import Acceleration, Passes
 from generation.pipelines import PIPELINE_CLASSES
+from generation.plan import Mode, RepaintPlan
 from generation.prompts import PromptEmbeddings
-from generation.request import Mode, RepaintPlan, resolve
+from generation.resolve import resolve
 from generation.schedulers import SCHEDULERS, ScheduleType, build_scheduler
 from tests.miniature.stock import DISTINCT
 from tests.requests import REQUEST
@@ -70,7 +71,7 @@ def waits_of(parts, mode, name, steps=5, guidance=7.5, of=on_the_host, predicts=
     scheduler = of(
         build_scheduler(name, ScheduleType.AUTOMATIC, model.scheduler_config, plan.seeds)
     )
-    pipeline = getattr(diffusers, PIPELINE_CLASSES[MINIATURE_SDXL.family, mode])(
+    pipeline = getattr(diffusers, PIPELINE_CLASSES[MINIATURE_SDXL.architecture, mode])(
         **{**model.parts, **own, "text_encoder": None, "text_encoder_2": None},
         scheduler=scheduler,
     )

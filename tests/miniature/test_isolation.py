@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 
 from generation.engine import Engine
 from generation.errors import GenerationError, InvalidRequest
-from generation.request import Margins
+from generation.sizes import Margins
 from preprocess.errors import BadPicture
 from tests.miniature.isolation import (
     ERRORS,

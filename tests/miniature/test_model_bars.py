@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from generation.base_models import Guidance
+from generation.base_models import GuidanceMode
 from tests.miniature import model_bars
 from tests.miniature.mode_bars import Bench
 from tests.miniature.model_bars import (
@@ -51,7 +51,7 @@ def few_steps(bench) -> Callable[[str], float]:
 
 @pytest.mark.parametrize(("name", "teacher"), TEACHERS.items())
 def test_models_of_few_steps_draw_nearly_as_well_as_their_teachers(few_steps, name, teacher):
-    bar = TURBO if MODELS[name].guidance is Guidance.NONE else LCM
+    bar = TURBO if MODELS[name].guidance is GuidanceMode.NONE else LCM
     assert few_steps(name) >= bar * SCORES[teacher]
 
 

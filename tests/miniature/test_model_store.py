@@ -12,7 +12,7 @@ import torch
 
 from generation import painter
 from generation.adapters import AdapterSlot
-from generation.base_models import BASE_MODELS, NAMES
+from generation.base_models import BASE_MODEL_NAMES, BASE_MODELS
 from generation.engine import Engine
 from generation.pipelines import PipelineStore
 from tests.miniature.stock import lora_file
@@ -207,14 +207,14 @@ def test_the_operators_weights_are_those_of_all_models_made_of_the_same(make):
 def test_model_and_preload(monkeypatch, environment, expected):
     for name in ("MODEL", "PRELOAD"):
         monkeypatch.setenv(name, environment.get(name, ""))
-    assert edition.requested_models(NAMES, "sdxl") == expected
+    assert edition.requested_models(BASE_MODEL_NAMES, "sdxl") == expected
 
 
 @pytest.mark.parametrize("variable", ["MODEL", "PRELOAD"])
 def test_unknown_models_in_the_environment(monkeypatch, variable):
     monkeypatch.setenv(variable, "sd3")
     with pytest.raises(WrongSetting, match=f"{variable} is 'sd3'; set it to one of: sdxl, sdxl-t"):
-        edition.requested_models(NAMES, "sdxl")
+        edition.requested_models(BASE_MODEL_NAMES, "sdxl")
 
 
 @pytest.mark.parametrize(("value", "expected"), [("", False), ("off", False), (" ON", True)])

@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save
 
-from generation.base_models import BASE_MODELS, Family, Guidance
+from generation.base_models import BASE_MODELS, Architecture, GuidanceMode
 from generation.errors import InvalidRequest
-from generation.request import Margins
+from generation.sizes import Margins
 from tests.miniature.stock import STOCK, File, assert_same, lora_file, rows, with_word
 from weights import cache
 from weights.catalog import CATALOG, Edition
@@ -23,7 +23,10 @@ from weights.trained import ModelShapes
 MODELS = BASE_MODELS[Edition.MINIATURE]
 SD = ["sd15", "sd21"]
 FEW_STEPS = [name for name, spec in MODELS.items() if spec.steps]
-STOCK_CLASS = {Family.SDXL: "StableDiffusionXLPipeline", Family.SD: "StableDiffusionPipeline"}
+STOCK_CLASS = {
+    Architecture.SDXL: "StableDiffusionXLPipeline",
+    Architecture.SD: "StableDiffusionPipeline",
+}
 KINDS = {"txt2img": "", "img2img": "Img2Img", "inpaint": "Inpaint"}  # in the classes' names
 PROMPT, SEED, STEPS, GUIDANCE = "a large red circle on a blue background", 5, 8, 6.0
 BOX = (32, 40, 96, 88)  # on the grid of 8x8 pixels that latents have
@@ -52,7 +55,7 @@ def stock():
     @functools.cache
     def load(name: str):
         spec = MODELS[name]
-        pipeline = getattr(diffusers, STOCK_CLASS[spec.family]).from_pretrained(
+        pipeline = getattr(diffusers, STOCK_CLASS[spec.architecture]).from_pretrained(
             cache.ensure(spec.weights, Edition.MINIATURE),
             vae=vae,
             variant="fp16",
@@ -68,12 +71,14 @@ def stock():
         config = type(components["scheduler"]).load_config(
             cache.ensure(spec.weights, Edition.MINIATURE) / "scheduler"
         )
-        if spec.guidance is Guidance.NONE:
+        if spec.guidance is GuidanceMode.NONE:
             config["timestep_spacing"] = "trailing"  # as their authors publish them
-        pipeline_class = STOCK_CLASS[spec.family].replace("Pipeline", f"{KINDS[mode]}Pipeline")
+        pipeline_class = STOCK_CLASS[spec.architecture].replace(
+            "Pipeline", f"{KINDS[mode]}Pipeline"
+        )
         pipeline = getattr(diffusers, pipeline_class)(
             **{**components, "scheduler": scheduler_class.from_config(config, **overrides)},
-            **({"requires_safety_checker": False} if spec.family is Family.SD else {}),
+            **({"requires_safety_checker": False} if spec.architecture is Architecture.SD else {}),
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -297,7 +302,7 @@ def test_the_catalog_has_what_models_name():
     for edition, models in BASE_MODELS.items():
         for name, spec in models.items():
             assert name == spec.name
-            named = {spec.weights, *spec.borrowed.values()} | ({spec.adapter} - {None})
+            named = {spec.weights, *spec.components_from.values()} | ({spec.adapter} - {None})
             assert named <= set(CATALOG[edition])
 
 

@@ -14,8 +14,8 @@ from generation.base_models import MINIATURE_SDXL
 from generation.engine import Engine
 from generation.errors import InvalidRequest
 from generation.pipelines import scheduler_of
-from generation.request import Margins
 from generation.schedulers import SCHEDULERS
+from generation.sizes import Margins
 from tests.miniature.stock import DISTINCT
 from weights.catalog import Edition
 from weights.miniature.world import place, render

@@ -12,7 +12,7 @@ from PIL import Image
 
 import generation.painter
 from generation.passes import Acceleration, Passes
-from generation.request import Margins
+from generation.sizes import Margins
 from tests.brought_weights import data_uri, visible_lora
 from weights.miniature.evaluate import FOLDER, load_pipeline
 

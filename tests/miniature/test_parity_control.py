@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from generation.base_models import BASE_MODELS, Family
+from generation.base_models import BASE_MODELS, Architecture
 from generation.controlnets import CONTROLNETS, ControlRequest
 from tests.miniature.stock import STOCK
 from tests.requests import NO_CONTROL
@@ -71,7 +71,7 @@ def stock(nets):
     @functools.cache
     def base(model: str):
         spec = MODELS[model]
-        name = "StableDiffusionXL" if spec.family is Family.SDXL else "StableDiffusion"
+        name = "StableDiffusionXL" if spec.architecture is Architecture.SDXL else "StableDiffusion"
         return getattr(diffusers, f"{name}Pipeline").from_pretrained(
             cache.ensure(spec.weights, Edition.MINIATURE),
             vae=vae,
@@ -81,8 +81,8 @@ def stock(nets):
 
     def draw(folder, model, mode, scheduler, controls, **changes):
         spec = MODELS[model]
-        xl = spec.family is Family.SDXL
-        entries = [CONTROLNETS[kind].weights[spec.lineage] for kind, *_ in controls]
+        xl = spec.architecture is Architecture.SDXL
+        entries = [CONTROLNETS[kind].weights[spec.base_model] for kind, *_ in controls]
         chosen = [nets(entry) for entry in entries]
         maps = [Image.open(folder / f"{kind}.png") for kind, *_ in controls]
         scales, starts, ends = ([control[k] for control in controls] for k in (1, 2, 3))

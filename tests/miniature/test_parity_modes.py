@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 import generation.painter
 from generation.base_models import MINIATURE_SDXL
 from generation.canvas import Repaint
-from generation.request import BASE_IMAGE_STRENGTH
+from generation.plan import BASE_IMAGE_STRENGTH
 from tests.miniature.stock import STOCK
 from tests.miniature.test_parity import COG_SDXLS
 from weights import cache

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from generation.base_models import MINIATURE_SDXL
 from generation.prompts import CACHED_TEXTS, MAX_CHUNKS, EmbeddingCache, Texts
-from generation.request import resolve
+from generation.resolve import resolve
 from tests.brought_weights import data_uri, word_archive
 from tests.requests import REQUEST
 

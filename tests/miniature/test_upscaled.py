@@ -10,7 +10,8 @@ from PIL import Image
 from generation import request
 from generation.base_models import MINIATURE_SDXL, SDXL
 from generation.errors import InvalidRequest
-from generation.request import Margins, resolve
+from generation.resolve import resolve
+from generation.sizes import Margins
 from generation.watermark import BITS
 from preprocess import upscale
 from preprocess.images import MAX_IMAGE_PIXELS
@@ -65,7 +66,7 @@ def test_all_that_a_model_makes_can_be_enlarged(spec):
 
 def test_what_is_refused(tmp_path):
     inpainted = replace(REQUEST, image=tmp_path, mask=tmp_path, upscale="2")
-    with pytest.raises(InvalidRequest, match="upscale is 2, and pictures of 2048x2048 are too la"):
+    with pytest.raises(InvalidRequest, match="upscale is 2, and images of 2048x2048 are too la"):
         resolve(inpainted, SDXL, (2048, 2048))
     resolve(replace(inpainted, upscale="off"), SDXL, (2048, 2048))
     with pytest.raises(InvalidRequest, match="upscale '3' is not known; choose one of off, 2, 4"):

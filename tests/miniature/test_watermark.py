@@ -9,7 +9,7 @@ from imwatermark.maxDct import EmbedMaxDct
 from PIL import Image
 
 from generation import watermark
-from generation.request import Margins
+from generation.sizes import Margins
 from generation.watermark import BITS
 from script.tools.photo import photo
 from weights.miniature.world import COLOURS

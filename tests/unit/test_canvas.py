@@ -25,11 +25,12 @@ from generation.canvas import (
     fit,
     frame_of,
     margin_mask,
-    outpaint_passes,
     repaint,
 )
 from generation.errors import InvalidRequest
-from generation.request import GenerationPlan, Margins, resolve
+from generation.plan import GenerationPlan
+from generation.resolve import resolve
+from generation.sizes import Margins, outpaint_steps
 from preprocess.images import SourceImage
 from tests.requests import REQUEST
 
@@ -436,7 +437,7 @@ def test_the_passes_add_up_to_the_margins_in_small_parts(size, asked):
         **{n: min(getattr(asked, n), side) for n, side in zip(names, sides, strict=True)}
     )
     assume(margins)
-    passes = list(outpaint_passes(size, margins))
+    passes = list(outpaint_steps(size, margins))
     for name, side in zip(names, sides, strict=True):
         parts = [getattr(part, name) for part in passes]
         assert sum(parts) == getattr(margins, name)
@@ -456,7 +457,7 @@ def test_the_passes_add_up_to_the_margins_in_small_parts(size, asked):
     ],
 )
 def test_a_margin_of_up_to_30_percent_takes_one_pass(margins, count):
-    assert len(list(outpaint_passes((100, 200), margins))) == count
+    assert len(list(outpaint_steps((100, 200), margins))) == count
 
 
 @pytest.mark.parametrize("most", [canvas.FILL_PIXELS, 2000, 150])

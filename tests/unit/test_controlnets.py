@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from generation import controlnets
-from generation.base_models import BASE_MODELS, Lineage
-from generation.controlnets import CHOICES, CONTROLNETS, ControlRequest, kinds_of
+from generation.base_models import BASE_MODELS, BaseModel
+from generation.controlnets import CHOICES, CONTROLNETS, ControlRequest, control_types_of
 from generation.errors import InvalidRequest
-from generation.request import resolve
+from generation.resolve import resolve
 from preprocess.annotators import ANNOTATORS
 from tests.requests import NO_CONTROL, REQUEST
 from weights.catalog import CATALOG, Edition
@@ -17,7 +17,7 @@ from weights.catalog import CATALOG, Edition
 FULL = BASE_MODELS[Edition.FULL]
 MINIATURE = BASE_MODELS[Edition.MINIATURE]
 PICTURE = Path("picture.png")
-EDGES = ControlRequest("edge_canny", PICTURE, 0.75, 0, 1, is_map=False)
+EDGES = ControlRequest("edge_canny", PICTURE)
 IMAGE_SIZE = (1024, 768)
 
 
@@ -36,19 +36,19 @@ def refused(*controls: ControlRequest, **changes) -> str:
 # The registry
 
 
-def test_every_kind_has_files_or_none_for_each_lineage():
-    for kind in CONTROLNETS.values():
-        assert set(kind.weights) <= set(Lineage)
-        assert set(kind.weights.values()) <= set(CATALOG[Edition.FULL])
-        assert (kind.union_index is not None) == (kind.weights[Lineage.SDXL] == controlnets.UNION)
-        assert kind.annotator is None or kind.annotator in ANNOTATORS
+def test_every_control_type_has_files_or_none_for_each_base_model():
+    for spec in CONTROLNETS.values():
+        assert set(spec.weights) <= set(BaseModel)
+        assert set(spec.weights.values()) <= set(CATALOG[Edition.FULL])
+        assert (spec.union_index is not None) == (spec.weights[BaseModel.SDXL] == controlnets.UNION)
+        assert spec.annotator is None or spec.annotator in ANNOTATORS
 
 
-def test_the_eight_kinds_of_the_guide_are_there_for_every_family():
+def test_the_eight_control_types_of_the_guide_are_there_for_every_base_model():
     guide = ("edge_canny", "soft_edge_hed", "depth_midas", "openpose", "scribble")
-    for kind in (*guide, "segmentation", "normal_bae"):
-        assert set(CONTROLNETS[kind].weights) == set(Lineage)
-    assert set(CONTROLNETS["mlsd"].weights) == {Lineage.SDXL, Lineage.SD15}  # none for SD 2.1
+    for name in (*guide, "segmentation", "normal_bae"):
+        assert set(CONTROLNETS[name].weights) == set(BaseModel)
+    assert set(CONTROLNETS["mlsd"].weights) == {BaseModel.SDXL, BaseModel.SD15}  # none for SD 2.1
 
 
 def test_fofrs_names_are_known():
@@ -65,11 +65,13 @@ def test_union_indices_are_diffusers():
 
 
 @pytest.mark.parametrize("name", FULL)
-def test_models_are_controlled_by_their_lineages_controlnets(name):
-    lineage = FULL[name].lineage
-    assert kinds_of(FULL[name]) == [k for k, spec in CONTROLNETS.items() if lineage in spec.weights]
-    assert FULL["sd-turbo"].lineage == FULL["sd21"].lineage
-    assert FULL["lcm-dreamshaper"].lineage == FULL["sd15"].lineage
+def test_models_are_controlled_by_their_base_models_controlnets(name):
+    base_model = FULL[name].base_model
+    assert control_types_of(FULL[name]) == [
+        k for k, spec in CONTROLNETS.items() if base_model in spec.weights
+    ]
+    assert FULL["sd-turbo"].base_model == FULL["sd21"].base_model
+    assert FULL["lcm-dreamshaper"].base_model == FULL["sd15"].base_model
 
 
 # Plans
@@ -77,7 +79,7 @@ def test_models_are_controlled_by_their_lineages_controlnets(name):
 
 def test_a_control_becomes_a_plan():
     asked = replace(EDGES, conditioning_scale=1.5, start=0.25, end=0.5)
-    (control,) = plan(asked, canny_low_threshold=30, canny_high_threshold=90).controls.controls
+    (control,) = plan(asked, canny_low_threshold=30, canny_high_threshold=90).controlnets
     assert (control.name, control.spec.name) == ("controlnet_1", "edge_canny")
     assert (control.conditioning_scale, control.start, control.end) == (1.5, 0.25, 0.5)
     assert control.annotator == "canny"
@@ -85,25 +87,25 @@ def test_a_control_becomes_a_plan():
 
 def test_a_control_that_does_not_count_is_none():
     nothing = replace(EDGES, conditioning_scale=0)
-    assert plan(nothing).controls.controls == ()
-    (control,) = plan(nothing, EDGES).controls.controls
+    assert plan(nothing).controlnets == ()
+    (control,) = plan(nothing, EDGES).controlnets
     assert control.name == "controlnet_2"
-    assert len(plan(nothing, EDGES, return_control_maps=True).controls.controls) == 2
+    assert len(plan(nothing, EDGES, return_control_maps=True).controlnets) == 2
 
 
 def test_controls_keep_their_inputs_names():
-    named = plan(NO_CONTROL, EDGES, replace(EDGES, kind="tile")).controls.controls
+    named = plan(NO_CONTROL, EDGES, replace(EDGES, control_type="tile")).controlnets
     assert [control.name for control in named] == ["controlnet_2", "controlnet_3"]
 
 
 def test_a_map_needs_no_annotator():
-    (control,) = plan(replace(EDGES, is_map=True)).controls.controls
+    (control,) = plan(replace(EDGES, is_map=True)).controlnets
     assert control.annotator is None
 
 
-@pytest.mark.parametrize("kind", ["tile", "illusion"])
-def test_some_pictures_are_maps_as_they_are(kind):
-    (control,) = plan(replace(EDGES, kind=kind)).controls.controls
+@pytest.mark.parametrize("control_type", ["tile", "illusion"])
+def test_some_pictures_are_maps_as_they_are(control_type):
+    (control,) = plan(replace(EDGES, control_type=control_type)).controlnets
     assert control.annotator is None
 
 
@@ -119,27 +121,27 @@ def test_pictures_have_the_first_controls_shape():
 # What is refused
 
 
-def test_an_unknown_kind_lists_the_known_ones():
-    said = refused(replace(EDGES, kind="canny"))
-    assert "controlnet_1 'canny' is not known" in said
-    assert all(kind in said for kind in CHOICES)
+def test_an_unknown_control_type_lists_the_known_ones():
+    message = refused(replace(EDGES, control_type="canny"))
+    assert "controlnet_1 'canny' is not known" in message
+    assert all(name in message for name in CHOICES)
 
 
 def test_a_missing_picture():
-    said = refused(NO_CONTROL, replace(EDGES, image=None))
-    assert "controlnet_2 is edge_canny, but controlnet_2_image is missing" in said
-    assert "controlnet_2_is_map=true" in said
+    message = refused(NO_CONTROL, replace(EDGES, image=None))
+    assert "controlnet_2 is edge_canny, but controlnet_2_image is missing" in message
+    assert "controlnet_2_is_map=true" in message
 
 
-def test_a_picture_without_a_kind():
-    said = refused(replace(EDGES, kind="none"))
-    assert "controlnet_1_image is given, but controlnet_1 is 'none'" in said
+def test_a_picture_without_a_control_type():
+    message = refused(replace(EDGES, control_type="none"))
+    assert "controlnet_1_image is given, but controlnet_1 is 'none'" in message
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.5, 0.5), (0.6, 0.4), (1, 1), (0, 0)])
 def test_a_start_that_is_not_before_the_end(start, end):
-    said = refused(replace(EDGES, start=start, end=end))
-    assert f"controlnet_1_start is {start:g} and controlnet_1_end {end:g}" in said
+    message = refused(replace(EDGES, start=start, end=end))
+    assert f"controlnet_1_start is {start:g} and controlnet_1_end {end:g}" in message
 
 
 @pytest.mark.parametrize(
@@ -153,46 +155,49 @@ def test_a_start_that_is_not_before_the_end(start, end):
     ],
 )
 def test_values_out_of_bounds(field, value):
-    said = refused(EDGES, EDGES, replace(EDGES, **{field: value}))
-    assert f"controlnet_3_{field} is {value}" in said
+    message = refused(EDGES, EDGES, replace(EDGES, **{field: value}))
+    assert f"controlnet_3_{field} is {value}" in message
 
 
 @pytest.mark.parametrize(("low", "high"), [(100, 100), (200, 100), (0, 100), (100, 256)])
 def test_thresholds(low, high):
-    said = refused(EDGES, canny_low_threshold=low, canny_high_threshold=high)
-    assert "canny_" in said
-    assert "threshold" in said
+    message = refused(EDGES, canny_low_threshold=low, canny_high_threshold=high)
+    assert "canny_" in message
+    assert "threshold" in message
 
 
-@pytest.mark.parametrize("kind", ["mlsd", "tile", "illusion"])
+@pytest.mark.parametrize("control_type", ["mlsd", "tile", "illusion"])
 @pytest.mark.parametrize("model", ["sd21", "sd-turbo"])
-def test_kinds_that_sd21_lacks(kind, model):
-    said = refused(replace(EDGES, kind=kind), model=FULL[model])
-    assert f"controlnet_1 is {kind}, and no ControlNet of that kind exists for {model}" in said
-    assert "(SD 2.1)" in said
-    assert "edge_canny" in said
-    assert kind not in said.partition("use one of")[2]
+def test_control_types_that_sd21_lacks(control_type, model):
+    message = refused(replace(EDGES, control_type=control_type), model=FULL[model])
+    assert (
+        f"controlnet_1 is {control_type}, and no ControlNet of that type exists for {model}"
+        in message
+    )
+    assert "(SD 2.1)" in message
+    assert "edge_canny" in message
+    assert control_type not in message.partition("use one of")[2]
 
 
-def test_kinds_that_the_miniatures_lack():
-    said = refused(replace(EDGES, kind="openpose", is_map=True), model=MINIATURE["sd15"])
-    assert "is among the miniature weights for sd15" in said
-    assert plan(replace(EDGES, kind="openpose", is_map=True), model=MINIATURE["sdxl"])
+def test_control_types_that_the_miniatures_lack():
+    message = refused(replace(EDGES, control_type="openpose", is_map=True), model=MINIATURE["sd15"])
+    assert "is among the miniature weights for sd15" in message
+    assert plan(replace(EDGES, control_type="openpose", is_map=True), model=MINIATURE["sdxl"])
 
 
 def test_annotators_that_the_miniatures_lack():
-    said = refused(replace(EDGES, kind="depth_midas"), model=MINIATURE["sdxl"])
-    assert "controlnet_1_is_map=true" in said
-    assert "WEIGHTS_EDITION=full" in said
-    assert plan(replace(EDGES, kind="depth_midas", is_map=True), model=MINIATURE["sdxl"])
+    message = refused(replace(EDGES, control_type="depth_midas"), model=MINIATURE["sdxl"])
+    assert "controlnet_1_is_map=true" in message
+    assert "WEIGHTS_EDITION=full" in message
+    assert plan(replace(EDGES, control_type="depth_midas", is_map=True), model=MINIATURE["sdxl"])
     assert plan(EDGES, model=MINIATURE["sdxl"])  # Canny needs no weights
 
 
 @pytest.mark.parametrize("name", ["return_control_maps", "control_maps_only"])
 def test_maps_of_no_control(name):
-    assert f"{name} is on, but there is no control" in refused(**{name: True})
+    assert f"{name} is on, but there is no ControlNet" in refused(**{name: True})
 
 
 def test_maps_alone_are_returned():
-    assert plan(EDGES, control_maps_only=True).controls.returned
-    assert not plan(EDGES).controls.returned
+    assert plan(EDGES, control_maps_only=True).control_maps.returned
+    assert not plan(EDGES).control_maps.returned

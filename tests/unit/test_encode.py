@@ -14,9 +14,11 @@ from generation.adapters import Adapter
 from generation.base_models import MINIATURE_SDXL
 from generation.encode import encode
 from generation.errors import InvalidRequest
+from generation.options import OutputFormat
 from generation.parameters import MAX_PROMPT_CHARACTERS, describe
-from generation.request import Margins, OutputFormat, resolve
+from generation.resolve import resolve
 from generation.schedulers import SCHEDULERS
+from generation.sizes import Margins
 from tests.requests import REQUEST
 from weights.trained_types import Pooling, TrainedWeights
 

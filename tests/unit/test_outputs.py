@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from generation.options import OutputFormat
 from generation.outputs import OutputFolders, save
-from generation.request import OutputFormat, OutputPlan
+from generation.plan import OutputPlan
 
 
 def _noise(seed):
