@@ -10,7 +10,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from tests.packed import gz_bytes, tar_bytes, tar_info, zip_bytes  # noqa: F401
+from tests.helpers.archives import gz_bytes, tar_bytes, tar_info, zip_bytes  # noqa: F401
 from weights.lora_names import to_sgm
 from weights.miniature.architecture import TEXT_WIDTH, build_text_encoders, build_unet
 from weights.trained import LoraDelta, ModelShapes, TrainedWeights, read_trained

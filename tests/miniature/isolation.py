@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from generation.base_models import MINIATURE_SDXL
 from generation.engine import Engine
 from generation.errors import OutOfDeviceMemory
-from tests.requests import REQUEST
+from tests.helpers.request import REQUEST
 
 STEPS = 3
 UNET = ("UNet2DConditionModel",)

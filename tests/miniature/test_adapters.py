@@ -5,10 +5,10 @@ import hashlib
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from generation.adapters import Adapter, AdapterSlot, with_own_tokens
 from safetensors.torch import save_file
 
 from generation import merging
-from generation.adapters import Adapter, AdapterSlot, with_own_tokens
 from generation.base_models import MINIATURE_SDXL
 from tests.trained_files import cog_members, kohya_tensors, tar_bytes
 from weights.miniature.evaluate import FOLDER

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
+from generation.adapters import Adapter, AdapterSlot
 
 from generation import adapters
-from generation.adapters import Adapter, AdapterSlot
 from generation.base_models import MINIATURE_SDXL
 from generation.engine import Engine
 from tests.miniature.isolation import Cancelled, failing_in

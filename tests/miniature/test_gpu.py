@@ -11,10 +11,11 @@ from generation import painter
 from generation.controlnets import ControlRequest
 from generation.engine import Engine
 from generation.safety import SafetyChecker
-from tests.miniature import concept, safety_bars
+from tests.evals import safety
+from tests.helpers.request import NO_CONTROL
+from tests.miniature import concept
 from tests.miniature import training_bars as bars
-from tests.miniature.stock import COG_ARCHIVE, MODES, TYPED
-from tests.requests import NO_CONTROL
+from tests.miniature.reference_pipelines import COG_ARCHIVE, MODES, TYPED
 from training import learner, loop
 from training.base_models import MINIATURE_SDXL, Method
 from training.model import load
@@ -61,7 +62,7 @@ def test_a_gpu_makes_the_cpus_picture(gpu, make, files, mode):
 
 
 def test_a_gpu_makes_the_cpus_picture_under_control(gpu, make, files):
-    edges = ControlRequest("edge_canny", files["picture"], 0.75, 0, 1, is_map=False)
+    edges = ControlRequest("edge_canny", files["image"], 0.75, 0, 1, is_map=False)
     controlled = {"controls": (edges, edges, NO_CONTROL)}
     (here,), (there,) = (make(**e, **controlled).pictures for e in ({"engine": gpu}, {}))
     (other,) = make().pictures
@@ -121,7 +122,7 @@ def test_the_safety_models_agree_in_fp16(gpu):
     here = gpu._finisher.load_safety_checker()
     there = SafetyChecker(Edition.MINIATURE, torch.device("cpu"), torch.float32)
     for shape, background in (("star", "red"), ("star", "orange"), ("heart", "red")):
-        pictures = safety_bars.drawn(shape, background)
+        pictures = safety.drawn(shape, background)
         for opinion in ("flagged", "confirmed"):
             ours, cpus = (np.array(getattr(c, opinion)(pictures)) for c in (here, there))
             assert (ours != cpus).mean() <= 0.02

@@ -10,15 +10,15 @@ from unittest.mock import Mock
 import psutil
 import pytest
 import torch
+from generation.adapters import AdapterSlot
+from generation.pipelines import PipelineStore
 from PIL import Image
 
 from generation import painter
-from generation.adapters import AdapterSlot
 from generation.base_models import BASE_MODEL_NAMES, BASE_MODELS
 from generation.engine import Engine
-from generation.pipelines import PipelineStore
-from tests.comparison import max_difference, nearly_equal
-from tests.miniature.stock import lora_file
+from tests.helpers.comparison import max_difference, nearly_equal
+from tests.miniature.reference_pipelines import lora_file
 from weights import cache, edition
 from weights.catalog import Edition
 from weights.errors import WrongSetting
@@ -164,7 +164,7 @@ def test_switching_in_any_order_takes_no_more_memory_and_changes_no_picture(make
 
 
 def test_the_operators_weights_are_put_into_a_model_that_comes_back(make):
-    from tests.miniature.stock import COG_ARCHIVE, TYPED
+    from tests.miniature.reference_pipelines import COG_ARCHIVE, TYPED
 
     asked = {**ASKED, "prompt": TYPED}
     engine = Engine(Edition.MINIATURE, "cpu", budget=1)
@@ -176,7 +176,7 @@ def test_the_operators_weights_are_put_into_a_model_that_comes_back(make):
 
 
 def test_the_operators_weights_can_come_after_the_model(make):
-    from tests.miniature.stock import COG_ARCHIVE, TYPED
+    from tests.miniature.reference_pipelines import COG_ARCHIVE, TYPED
 
     asked = {"prompt": TYPED, "seed": 3, **SIZE}
     engine = Engine(Edition.MINIATURE, "cpu")
@@ -188,7 +188,7 @@ def test_the_operators_weights_can_come_after_the_model(make):
 
 
 def test_the_operators_weights_are_those_of_all_models_made_of_the_same(make):
-    from tests.miniature.stock import COG_ARCHIVE, TYPED
+    from tests.miniature.reference_pipelines import COG_ARCHIVE, TYPED
 
     asked = {"prompt": TYPED, "model": "sdxl-lcm", "seed": 3, **SIZE}
     engine = Engine(Edition.MINIATURE, "cpu")

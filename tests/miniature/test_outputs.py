@@ -4,17 +4,17 @@ import hashlib
 import json
 import re
 
+import generation.painter
 import numpy as np
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from generation.passes import Acceleration, Passes
 from PIL import Image
 
-import generation.painter
-from generation.passes import Acceleration, Passes
 from generation.sizes import Margins
 from tests.brought_weights import data_uri, visible_lora
-from tests.comparison import max_difference, nearly_equal
+from tests.helpers.comparison import max_difference, nearly_equal
 from weights.miniature.evaluate import FOLDER, load_pipeline
 
 SMALL = {"width": 64, "height": 72, "num_inference_steps": 3, "guidance_scale": 4.5, "seed": 77}

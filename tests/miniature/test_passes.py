@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from generation.passes import Acceleration, Compiler, Passes
 from torch._dynamo.utils import counters
 
 from generation import passes
 from generation.base_models import MINIATURE_SDXL
 from generation.controlnets import ControlRequest
-from generation.passes import Acceleration, Compiler, Passes
-from tests.comparison import max_difference
-from tests.miniature.stock import MODES
+from tests.helpers.comparison import max_difference
+from tests.helpers.request import NO_CONTROL
+from tests.miniature.reference_pipelines import MODES
 from tests.recorder import Recorder
-from tests.requests import NO_CONTROL
 from weights.edition import has_compiler
 
 STEPS = 3
@@ -22,7 +22,7 @@ REQUESTS = {
     # These keep what the UNet gives for later steps; without guidance, as it is.
     "PNDM": {"scheduler": "PNDM", "guidance_scale": 1.0},
     "LMS": {"scheduler": "LMS", "guidance_scale": 1.0},
-    "control": {"controls": "picture"},
+    "control": {"controls": "image"},
     "part of guidance": {"guidance_end": 0.5},
     "sd15": {"model": "sd15"},
     "turbo": {"model": "sdxl-turbo", "num_inference_steps": None},
@@ -48,7 +48,7 @@ def ask(make, files):
         size = {} if name == "outpaint" else {"width": 64, "height": 64}
         asked = {"num_inference_steps": STEPS, **size, **REQUESTS[name], **more}
         if asked.get("controls"):
-            control = ControlRequest("edge_canny", files["picture"], 0.75, 0, 0.5, is_map=False)
+            control = ControlRequest("edge_canny", files["image"], 0.75, 0, 0.5, is_map=False)
             asked["controls"] = (control, NO_CONTROL, NO_CONTROL)
         given = {k: files.get(v, v) if isinstance(v, str) else v for k, v in asked.items()}
         return np.stack([np.asarray(p, int) for p in make(**given).pictures])

@@ -25,8 +25,8 @@ from generation.base_models import MINIATURE_SDXL
 from generation.engine import Engine
 from generation.errors import OutOfDeviceMemory
 from tests import fake_web
-from tests.comparison import nearly_equal
 from tests.fake_web import FakeWeb, Page
+from tests.helpers.comparison import nearly_equal
 from tests.miniature.isolation import (
     ERRORS,
     EVERY_MODEL,

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from generation.adapters import Adapter, AdapterSlot
 from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file
 from torch import Tensor
 
-from generation.adapters import Adapter, AdapterSlot
+from tests.helpers.archives import tar_members
 from tests.miniature.test_training import CPU, QUICK, Recorder, small_examples
-from tests.packed import tar_members
 from training import export, loop
 from training.base_models import MINIATURE_SDXL, Method
 from training.config import LoraFormat

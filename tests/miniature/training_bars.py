@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from generation.adapters import Adapter, AdapterSlot
 from PIL import Image
 
-from generation.adapters import Adapter, AdapterSlot
 from tests.miniature import concept
 from training import loop
 from training.base_models import MINIATURE_SDXL, Method

@@ -25,7 +25,7 @@ from generation.sizes import (
 )
 from inputs import flatten
 from preprocess.images import MAX_IMAGE_PIXELS
-from tests.requests import REQUEST as ANY_REQUEST
+from tests.helpers.request import REQUEST as ANY_REQUEST
 from weights.catalog import Edition
 from weights.errors import InvalidSource
 from weights.references import HubRepository, WebFile

@@ -1,4 +1,4 @@
-"""Stock diffusers, trained weights loaded by its own functions: what our pictures have to be."""
+"""Stock diffusers, with trained weights loaded by its functions: the reference for our latents."""
 
 import copy
 from base64 import b64encode
@@ -34,8 +34,8 @@ DISTINCT = list(
     {(spec.class_name, *spec.overrides.items()): name for name, spec in SCHEDULERS.items()}.values()
 )
 
-# What a diffusers user would write, stated again: class, then arguments of from_config.
-STOCK = {
+# What a diffusers user would write: class, then arguments of from_config.
+REFERENCE_SCHEDULERS = {
     "DDIM": (diffusers.DDIMScheduler, {}),
     "DPMSolverMultistep": (diffusers.DPMSolverMultistepScheduler, {}),
     "HeunDiscrete": (diffusers.HeunDiscreteScheduler, {}),
@@ -68,7 +68,7 @@ STOCK = {
 
 @dataclass(frozen=True)
 class File:
-    """What a person would upload."""
+    """A file of trained weights that a user uploads."""
 
     name: str
     content: bytes
@@ -101,7 +101,7 @@ def draw(pipeline, prompt: str = PROMPT, **changes) -> Tensor:
 
 
 def assert_same(ours: Tensor, stock: Tensor, without: Tensor) -> None:
-    """Ours is stock's, and clearly not what both give `without` the weights."""
+    """Check that our latents are stock's, and clearly not those `without` the weights."""
     assert ours.shape == stock.shape == without.shape
     assert (ours - stock).abs().max() <= TOLERANCE
     assert (stock - without).abs().max() > CLEARLY
@@ -142,7 +142,7 @@ def rows(seed: int) -> Tensor:
 
 
 def with_word(word: str) -> str:
-    """A prompt in which others follow the word: whether the pooled embedding hears them, shows."""
+    """Return a prompt in which words follow `word`, which the pooled embedding must include."""
     return f"a large {word} circle on a blue background"
 
 
@@ -187,13 +187,13 @@ def load_cog(pipeline, scale: float) -> None:
     pipeline.set_adapters("cog", scale)
 
 
-# A request of each mode and of what else a pass may go through, as changes of a plain one; pictures
-# by the names of the fixture `files`.
+# Requests of each mode and of other paths through the engine, as changes of a plain one; images by
+# the names of the fixture `files`.
 MODES = {
     "txt2img": {},
-    "img2img": {"image": "picture"},
-    "inpaint": {"image": "picture", "mask": "mask"},
-    "outpaint": {"image": "picture", "outpaint": Margins(16, 0, 0, 0)},
+    "img2img": {"image": "image"},
+    "inpaint": {"image": "image", "mask": "mask"},
+    "outpaint": {"image": "image", "outpaint": Margins(16, 0, 0, 0)},
     "expert": {"refine": "expert_ensemble_refiner"},
     "base_image": {"refine": "base_image_refiner"},
     "ancestral": {"scheduler": "K_EULER_ANCESTRAL"},

@@ -1,7 +1,7 @@
-"""What each model draws, in numbers, on the miniatures: `python -m tests.miniature.model_bars`.
+"""Measure the images of each model of the miniature edition: `python -m tests.evals.model`.
 
-Every picture goes through the engine, with the model's own settings unless a row says otherwise.
-`--grid FILE` also writes a picture with a row for each model and a column for each mode.
+Every image goes through the engine, with the model's default settings unless a row says otherwise.
+`--grid FILE` also writes an image with a row for each model and a column for each mode.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from generation.base_models import BASE_MODELS, BaseModelSpec, GuidanceMode
-from tests.miniature.mode_bars import SIDE, Bench, cases, open_bench
+from tests.evals.harness import Harness, open_harness
+from tests.evals.mode import SIDE, cases
 from weights.catalog import Edition
 from weights.miniature.captions import held_out_captions
 from weights.miniature.evaluate import (
@@ -37,54 +38,54 @@ TEACHERS = {
     "sd15-lcm": "sd15",
     "lcm-dreamshaper": "sd15",
 }
-# Their shares of captions right in all, with their own settings, as the report prints them.
+# Their shares of captions right in all, with their default settings, as the report prints them.
 SCORES = {"sdxl": 0.906, "sd15": 0.922, "sd21": 0.922}
-TURBO, LCM = 0.85, 0.9  # bars: shares of the teacher's score
-CLEARLY = 0.15  # bar: by how much the plain model's score in so few steps is below LCM's
+TURBO, LCM = 0.85, 0.9  # thresholds: shares of the teacher's score
+CLEARLY = 0.15  # threshold: by how much the plain model's score in so few steps is below LCM's
 IMAGE_CASES = 16
 
 
-def draw(bench: Bench, model: str, count: int = CAPTIONS, **changes: object) -> list[Row]:
-    """One picture for each of `count` held-out captions, the caption's index as its seed."""
+def generate(harness: Harness, model: str, count: int = CAPTIONS, **changes: object) -> list[Row]:
+    """One image for each of `count` held-out captions, the caption's index as its seed."""
     rows = []
     for seed, caption in enumerate(held_out_captions(CAPTIONS, CAPTION_SEED)[:count]):
-        asked = {"model": model, "prompt": caption.text, "seed": seed, **changes}
-        rows += [row_of(caption, picture) for picture in bench.make(**asked)]
+        settings = {"model": model, "prompt": caption.text, "seed": seed, **changes}
+        rows += [row_of(caption, image) for image in harness.make(**settings)]
     return rows
 
 
 @dataclass(frozen=True)
 class Images:
-    """What became of pictures: the share that shows what was asked for, and the pictures."""
+    """Images, and the share of them that shows what the request describes."""
 
     right: float
-    pictures: list[Image.Image]
+    images: list[Image.Image]
 
 
 def image_to_image(
-    bench: Bench, model: str, count: int = IMAGE_CASES, steps: int | None = None
+    harness: Harness, model: str, count: int = IMAGE_CASES, steps: int | None = None
 ) -> Images:
     """Nearly all of a scene drawn anew: another shape in another colour.
 
     `steps` are of a model of many; others make as many as they can.
     """
-    return _changed(bench, model, count, 0.95, steps, masked=False)
+    return _changed(harness, model, count, 0.95, steps, masked=False)
 
 
 def inpainting(
-    bench: Bench, model: str, count: int = IMAGE_CASES, steps: int | None = None
+    harness: Harness, model: str, count: int = IMAGE_CASES, steps: int | None = None
 ) -> Images:
     """A scene's shape repainted as another one in another colour; its background stays."""
-    return _changed(bench, model, count, 1.0, steps, masked=True)
+    return _changed(harness, model, count, 1.0, steps, masked=True)
 
 
 def _changed(
-    bench: Bench, model: str, count: int, strength: float, steps: int | None, masked: bool
+    harness: Harness, model: str, count: int, strength: float, steps: int | None, masked: bool
 ) -> Images:
     few = MODELS[model].steps
-    right, pictures = [], []
+    right, images = [], []
     for case in cases(count):
-        (picture,) = bench.make(
+        (image,) = harness.make(
             case.source(),
             case.mask() if masked else None,
             model=model,
@@ -93,20 +94,20 @@ def _changed(
             prompt_strength=strength,
             num_inference_steps=few[1] if few else steps,
         )
-        right.append(judge(picture, case.asked).all_right)
-        pictures.append(picture)
-    return Images(float(np.mean(right)), pictures)
+        right.append(judge(image, case.expected).all_right)
+        images.append(image)
+    return Images(float(np.mean(right)), images)
 
 
 def grid(rows: dict[str, list[Image.Image]], side: int = 96, label: int = 120) -> Image.Image:
-    """One row of pictures under the other, with its name in front, in 256 colours."""
+    """One row of images under the other, with its name in front, in 256 colours."""
     width = label + max(len(row) for row in rows.values()) * side
     sheet = Image.new("RGB", (width, len(rows) * side), "white")
     write = ImageDraw.Draw(sheet)
-    for y, (name, pictures) in enumerate(rows.items()):
+    for y, (name, images) in enumerate(rows.items()):
         write.text((4, (y + 0.5) * side), name, "black", ImageFont.load_default(14), anchor="lm")
-        for x, picture in enumerate(pictures):
-            small = picture.resize((side, side), Image.Resampling.LANCZOS)
+        for x, image in enumerate(images):
+            small = image.resize((side, side), Image.Resampling.LANCZOS)
             sheet.paste(small, (label + x * side, y * side))
     return sheet.quantize(256, dither=Image.Dither.NONE)
 
@@ -122,52 +123,66 @@ def _how(spec: BaseModelSpec) -> str:
     return f"{steps}, {f'guidance {spec.guidance_scale:g}' if guided else 'no guidance'}"
 
 
-def report(bench: Bench, grid_file: Path | None) -> None:
-    quiet = contextlib.redirect_stdout(sys.stderr)  # the engine says its seeds
-    headings = ("model", "drawn in", *ATTRIBUTES, "size", "all", "of the teacher's all", "bar")
-    print(f"\n**Pictures of {CAPTIONS} held-out captions: what is right**\n")
+def report(harness: Harness, grid_file: Path | None) -> None:
+    quiet = contextlib.redirect_stdout(sys.stderr)  # the engine logs seeds
+    headings = (
+        "model",
+        "steps and guidance",
+        *ATTRIBUTES,
+        "size",
+        "all",
+        "of the teacher's all",
+        "threshold",
+    )
+    print(f"\n**Images of {CAPTIONS} held-out captions: shares that are right**\n")
     print(f"| {' | '.join(headings)} |\n{'|---' * len(headings)}|")
     scores: dict[str, float] = {}
     rows: dict[str, list[Image.Image]] = {}
     for name, spec in sorted(MODELS.items(), key=lambda item: item[0] in TEACHERS):
         with quiet:
-            drawn = draw(bench, name)
+            drawn = generate(harness, name)
         rows[name] = [row.picture for row in drawn[:3]]
         found = shares(drawn)
         scores[name] = found["all"]
         teacher = TEACHERS.get(name)
-        told = ("", ", ".join(f"{key} ≥ {bar:.0%}" for key, bar in ATTRIBUTES.items()))
+        shown = ("", ", ".join(f"{key} ≥ {threshold:.0%}" for key, threshold in ATTRIBUTES.items()))
         if teacher is not None:
-            bar = TURBO if spec.guidance is GuidanceMode.NONE else LCM
-            told = (f"{found['all'] / scores[teacher]:.1%}", f"≥ {bar:.0%}")
-        _row(name, _how(spec), found, *told)
+            threshold = TURBO if spec.guidance is GuidanceMode.NONE else LCM
+            shown = (f"{found['all'] / scores[teacher]:.1%}", f"≥ {threshold:.0%}")
+        _row(name, _how(spec), found, *shown)
     for name in ("sdxl", "sd15"):
         with quiet:
-            found = shares(draw(bench, name, scheduler="K_EULER", num_inference_steps=4))
-        bar = f"{CLEARLY:.0%} of all below {name}-lcm"
-        _row(name, "4 steps, Euler, guidance 7.5", found, f"{found['all'] / scores[name]:.1%}", bar)
-    print(f"\n**Of {IMAGE_CASES} pictures, another shape in another colour**\n")
+            found = shares(generate(harness, name, scheduler="K_EULER", num_inference_steps=4))
+        threshold = f"{CLEARLY:.0%} of all below {name}-lcm"
+        _row(
+            name,
+            "4 steps, Euler, guidance 7.5",
+            found,
+            f"{found['all'] / scores[name]:.1%}",
+            threshold,
+        )
+    print(f"\n**Of {IMAGE_CASES} images, another shape in another colour**\n")
     print("| model | image to image | inpainting |\n|---|---|---|")
     for name in MODELS:
         with quiet:
-            changed, inpainted = image_to_image(bench, name), inpainting(bench, name)
+            changed, inpainted = image_to_image(harness, name), inpainting(harness, name)
         print(f"| {name} | {changed.right:.1%} | {inpainted.right:.1%} |", flush=True)
-        rows[name] += [*changed.pictures[:3], *inpainted.pictures[:3]]
+        rows[name] += [*changed.images[:3], *inpainted.images[:3]]
     if grid_file is not None:
         sources = [case.source() for case in cases(3)]
         covered = [case.mask() for case in cases(3)]
         white = Image.new("RGB", (SIDE, SIDE), "white")
         masked = [Image.composite(white, *pair) for pair in zip(sources, covered, strict=True)]
-        sent = {"(what was sent)": [*[white] * 3, *sources, *masked]}
+        sent = {"(inputs)": [*[white] * 3, *sources, *masked]}
         grid(sent | {name: rows[name] for name in MODELS}).save(grid_file, optimize=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--grid", type=Path, help="where to write the picture of all models")
+    parser.add_argument("--grid", type=Path, help="where to write the image of all models")
     arguments = parser.parse_args()
-    with open_bench() as bench:
-        report(bench, arguments.grid)
+    with open_harness() as harness:
+        report(harness, arguments.grid)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A request for what tests look at: one fast, unchecked image of a known seed."""
+"""The request that most tests change: one fast, unchecked and unmarked image of a known seed."""
 
 from generation.controlnets import ControlRequest
 from generation.options import GenerationRequest

@@ -1,4 +1,4 @@
-"""Files: the pixels that were given, and how they were made, for readers that are not ours."""
+"""Image files: their pixels and their metadata, as other programs read them."""
 
 import io
 import json
@@ -10,22 +10,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from generation.adapters import Adapter
 from generation.base_models import MINIATURE_SDXL
-from generation.encode import encode
 from generation.errors import InvalidRequest
-from generation.options import OutputFormat
-from generation.parameters import MAX_PROMPT_CHARACTERS, describe
+from generation.lora_merger import Adapter
+from generation.metadata import MAX_PROMPT_CHARACTERS, describe
+from generation.options import GenerationRequest, OutputFormat
+from generation.outputs import encode
 from generation.resolve import resolve
 from generation.schedulers import SCHEDULERS
 from generation.sizes import Margins
-from tests.requests import REQUEST
 from weights.trained_types import Pooling, TrainedWeights
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (37, 53, 3)).astype(np.uint8)
 SMOOTH = np.add.outer(np.arange(64), np.arange(96))[..., None].repeat(3, -1).astype(np.uint8)
-PICTURES = {"noise": NOISE, "smooth": SMOOTH, "one pixel": NOISE[:1, :1], "column": NOISE[:, :1]}
+IMAGES = {"noise": NOISE, "smooth": SMOOTH, "one pixel": NOISE[:1, :1], "column": NOISE[:, :1]}
 
 
 def opened(content: bytes) -> Image.Image:
@@ -33,24 +32,24 @@ def opened(content: bytes) -> Image.Image:
 
 
 def parameters_of(content: bytes) -> str | None:
-    """As other programs read them, from any of the formats."""
-    picture = opened(content)
-    if picture.format == "PNG":
-        return picture.info.get("parameters")
-    comment = picture.getexif().get_ifd(0x8769).get(0x9286)
+    """Return the metadata as other programs read it, from any of the formats."""
+    image = opened(content)
+    if image.format == "PNG":
+        return image.info.get("parameters")
+    comment = image.getexif().get_ifd(0x8769).get(0x9286)
     if comment is None:
         return None
     assert comment.startswith(b"UNICODE\0")
     return comment[8:].decode("utf-16-be")
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.parametrize("parameters", [None, "a\nSteps: 1"])
 def test_a_png_has_every_pixel(name, parameters):
-    pixels = PICTURES[name]
+    pixels = IMAGES[name]
     content = encode(pixels, OutputFormat.PNG, 1, parameters)
-    picture = opened(content)
-    picture.verify()  # checksums
+    image = opened(content)
+    image.verify()  # checksums
     assert np.array_equal(np.asarray(opened(content)), pixels)
     by_opencv = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
     assert np.array_equal(by_opencv[..., ::-1], pixels)
@@ -61,11 +60,11 @@ def test_the_others_are_close_and_better_with_quality(kind, name):
     sizes, errors = [], []
     for quality in (10, 50, 90, 100):
         content = encode(NOISE, OutputFormat(kind), quality, None)
-        picture = opened(content)
-        assert picture.format == name
-        assert picture.size == (53, 37)
+        image = opened(content)
+        assert image.format == name
+        assert image.size == (53, 37)
         sizes.append(len(content))
-        difference = np.asarray(picture.convert("RGB"), int) - NOISE
+        difference = np.asarray(image.convert("RGB"), int) - NOISE
         errors.append(float(np.abs(difference).mean()))
     assert sizes == sorted(sizes)
     assert errors == sorted(errors, reverse=True)
@@ -78,12 +77,12 @@ TEXTS = ["a red circle\nSteps: 20", "ein Kätzchen 😀 Ω", "x" * 30_000, 'a, b
 
 @pytest.mark.parametrize("kind", OutputFormat)
 @pytest.mark.parametrize("text", TEXTS, ids=lambda t: t[:8])
-def test_parameters_are_where_others_look(kind, text):
+def test_metadata_is_where_other_programs_read_it(kind, text):
     assert parameters_of(encode(NOISE, kind, 90, text)) == text
     assert parameters_of(encode(NOISE, kind, 90, None)) is None
 
 
-# What parameters say
+# The contents of the metadata
 
 # AUTOMATIC1111/stable-diffusion-webui, modules/infotext_utils.py
 A1111_SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -105,15 +104,14 @@ def read_as_a1111_does(text: str) -> dict[str, str]:
 WEIGHTS = TrainedWeights({}, {}, False, (), {}, Pooling.EOS, "none")
 
 
-def told(adapters=(), image=None, asked_image=None, **changes) -> dict[str, str]:
-    """What a request's picture says; `image` is the size of the one that was sent."""
-    request = replace(REQUEST, image=asked_image, embed_parameters=True, **changes)
-    plan = resolve(request, MINIATURE_SDXL, image)
+def described(adapters=(), image_size=None, **changes) -> dict[str, str]:
+    """Return the metadata of a request's image; `image_size` is that of the input image."""
+    plan = resolve(GenerationRequest(**changes), MINIATURE_SDXL, image_size)
     return read_as_a1111_does(describe(plan, MINIATURE_SDXL, adapters, plan.seeds[0]))
 
 
 def test_settings_as_a1111_reads_them():
-    found = told(
+    found = described(
         prompt="a (red:1.2) circle,\non blue: background",
         negative_prompt='star, "quoted"',
         guidance_scale=5.5,
@@ -139,21 +137,21 @@ def test_settings_as_a1111_reads_them():
     assert inputs["guidance_scale"] == 5.5
 
 
-def test_samplers_have_different_names():
-    """But for those that go by cog-sdxl's name and by A1111's."""
+def test_schedulers_have_different_names():
+    """Except those that have a cog-sdxl name beside A1111's."""
     kinds: dict[str, set[object]] = {}
     for spec in SCHEDULERS.values():
         kinds.setdefault(spec.a1111, set()).add((spec.class_name, *spec.overrides.items()))
     assert [name for name, found in kinds.items() if len(found) > 1] == []
 
 
-def test_images_and_refiners_are_told(tmp_path):
-    without = told(refine="expert_ensemble_refiner")
+def test_images_and_refiners_are_recorded(tmp_path):
+    without = described(refine="expert_ensemble_refiner")
     assert (without["Refiner"], without["Refiner switch at"]) == ("sdxl-refiner", "0.8")
     assert "Denoising strength" not in without
-    found = told(
-        image=(128, 128),
-        asked_image=tmp_path / "secret-name.png",
+    found = described(
+        image_size=(128, 128),
+        image=tmp_path / "secret-name.png",
         prompt_strength=0.6,
         outpaint=Margins(8, 0, 0, 0),
     )
@@ -163,9 +161,9 @@ def test_images_and_refiners_are_told(tmp_path):
     assert "Refiner" not in found
 
 
-def test_weights_are_told_by_their_hashes():
+def test_weights_are_recorded_by_their_hashes():
     weights = replace(WEIGHTS, digest="0123456789abcdef" * 4)
-    found = told([Adapter(weights, 0.6), Adapter(WEIGHTS, 1.0)])
+    found = described([Adapter(weights, 0.6), Adapter(WEIGHTS, 1.0)])
     assert found["Lora hashes"] == "0123456789: 0.6"
 
 
@@ -176,7 +174,7 @@ def test_no_secret_is_written():
         "replicate_weights": "data:application/octet-stream;base64,dmVyeXNlY3JldA==",
         "loras": ("https://files.example/b.tar?token=verysecret#verysecret", "owner/name:c.tar"),
     }
-    text = str(told(**secrets))
+    text = str(described(**secrets))
     assert "verysecret" not in text
     assert "dmVyeXNlY3JldA" not in text
     assert "files.example/b.tar" in text
@@ -188,7 +186,7 @@ def test_no_secret_is_written():
 )
 @pytest.mark.parametrize("kind", OutputFormat)
 def test_any_prompt_can_be_written(prompt, kind):
-    request = replace(REQUEST, prompt=prompt, negative_prompt=prompt, embed_parameters=True)
+    request = GenerationRequest(prompt=prompt, negative_prompt=prompt)
     plan = resolve(request, MINIATURE_SDXL, None)
     text = describe(plan, MINIATURE_SDXL, (), 1)
     assert len(text) < 2 * MAX_PROMPT_CHARACTERS + 2000
@@ -206,7 +204,7 @@ def test_any_prompt_can_be_written(prompt, kind):
         ({"output_quality": 101}, "output_quality is 101; it must be from 1 to 100"),
     ],
 )
-def test_what_cannot_be_asked(changes, message):
+def test_invalid_formats_are_rejected(changes, message):
     with pytest.raises(InvalidRequest) as caught:
-        resolve(replace(REQUEST, **changes), MINIATURE_SDXL, None)
+        resolve(GenerationRequest(**changes), MINIATURE_SDXL, None)
     assert str(caught.value) == message

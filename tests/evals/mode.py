@@ -1,6 +1,6 @@
-"""What the modes do, in numbers, on the miniature: `python -m tests.miniature.mode_bars`.
+"""Measure each mode on the miniature edition: `python -m tests.evals.mode`.
 
-Every picture goes through the engine. Colours are in 8-bit steps of sRGB, lengths in pixels, rates
+Every image goes through the engine. Colours are in 8-bit steps of sRGB, lengths in pixels, rates
 in [0, 1].
 """
 
@@ -8,10 +8,7 @@ import collections
 import contextlib
 import itertools
 import sys
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,14 +16,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from generation import canvas
 from generation.base_models import MINIATURE_SDXL
-from generation.engine import Engine
+from generation.blending import feather
 from generation.options import InpaintArea
+from generation.outpaint import margin_mask
 from generation.sizes import Margins
-from tests.miniature.stock import DISTINCT
-from tests.requests import REQUEST
-from weights.catalog import Edition
+from tests.evals.harness import Harness, open_harness
+from tests.helpers.engines import base_model
+from tests.helpers.request import REQUEST
+from tests.miniature.reference_pipelines import DISTINCT
 from weights.miniature.world import (
     COLOURS,
     SHAPES,
@@ -42,41 +40,17 @@ from weights.miniature.world import (
 
 SIDE = MINIATURE_SDXL.native_size
 CASES, FEW = 16, 4
-OUTPUTS = 2  # pictures of each case
+OUTPUTS = 2  # images of each case
 BLUR = REQUEST.mask_blur
 ODD_SIZES = ((200, 150), (333, 127))
 
 STRENGTHS = (0.2, 0.45, 0.65, 0.95)
-BACKGROUND_KEPT, PROMPT_FOLLOWED, REPAINTED = 0.9, 0.8, 0.8  # bars
-SEAM_RATIO = 1.5  # bar
-OUTPAINT_STEP = 3.0  # bar
+BACKGROUND_KEPT, PROMPT_FOLLOWED, REPAINTED = 0.9, 0.8, 0.8  # thresholds
+SEAM_RATIO = 1.5  # threshold
+OUTPAINT_STEP = 3.0  # threshold
 GREYS = (64, 128, 192, 255)
 
 Array = NDArray[np.float64]
-
-
-class Bench:
-    """The engine, and a folder for what goes in and comes out."""
-
-    def __init__(self, engine: Engine, folder: Path, **always: object) -> None:
-        """`always` is in every request that does not say otherwise."""
-        self.engine = engine
-        self._folder = folder
-        self._request = replace(REQUEST, **always)  # type: ignore[arg-type]
-        self._count = itertools.count()
-
-    def make(
-        self, image: Image.Image | None = None, mask: Image.Image | None = None, **changes: object
-    ) -> list[Image.Image]:
-        """The default request with these changes, through the engine."""
-        folder = self._folder / str(next(self._count))
-        folder.mkdir()
-        for name, source in (("image", image), ("mask", mask)):
-            if source is not None:
-                source.save(folder / f"{name}.png")
-                changes[name] = folder / f"{name}.png"
-        files = self.engine.generate(replace(self._request, **changes), folder).files
-        return [Image.open(file).convert("RGB") for file in files]
 
 
 @dataclass(frozen=True)
@@ -86,7 +60,7 @@ class Case:
     scene: Scene
     shape: str
     colour: str
-    seed: int  # of the first picture
+    seed: int  # of the first image
 
     @property
     def prompt(self) -> str:
@@ -95,7 +69,7 @@ class Case:
         return f"a {scene.size} {self.colour} {self.shape} on a {ground}"
 
     @property
-    def asked(self) -> Expectation:
+    def expected(self) -> Expectation:
         return Expectation(self.shape, self.colour, self.scene.background)
 
     def source(self, width: int = SIDE, height: int = SIDE) -> Image.Image:
@@ -130,7 +104,7 @@ def cases(count: int = CASES, size: str | None = None) -> list[Case]:
 
 def difference(a: Image.Image, b: Image.Image) -> Array:
     """The absolute difference (H, W), the mean of the channels."""
-    pixels = (np.asarray(picture, dtype=np.float64) for picture in (a, b))
+    pixels = (np.asarray(image, dtype=np.float64) for image in (a, b))
     return np.abs(np.subtract(*pixels)).mean(axis=-1)
 
 
@@ -139,12 +113,12 @@ def difference(a: Image.Image, b: Image.Image) -> Array:
 
 @dataclass(frozen=True)
 class ImageToImage:
-    distances: dict[float, float]  # strength → mean difference between picture and source
+    distances: dict[float, float]  # strength → mean difference between image and source
     background_kept: dict[float, float]  # strength → rate
     followed: dict[float, float]  # strength → rate of the prompt's shape in its colour
 
 
-def image_to_image(bench: Bench, count: int = CASES) -> ImageToImage:
+def image_to_image(harness: Harness, count: int = CASES) -> ImageToImage:
     """Each strength on each case; the prompt names a shape and its colour, no background."""
     distances, kept, followed = {}, {}, {}
     for strength in STRENGTHS:
@@ -152,17 +126,17 @@ def image_to_image(bench: Bench, count: int = CASES) -> ImageToImage:
         for case in cases(count):
             source = case.source()
             prompt = f"a large {case.colour} {case.shape}"
-            asked = Expectation(shape=case.shape, colour=case.colour)
-            for picture in bench.make(
+            expected = Expectation(shape=case.shape, colour=case.colour)
+            for image in harness.make(
                 source,
                 prompt=prompt,
                 prompt_strength=strength,
                 num_outputs=OUTPUTS,
                 seed=case.seed,
             ):
-                far.append(difference(picture, source).mean())
-                same.append(read_picture(picture).background == case.scene.background)
-                new.append(judge(picture, asked).all_right)
+                far.append(difference(image, source).mean())
+                same.append(read_picture(image).background == case.scene.background)
+                new.append(judge(image, expected).all_right)
         distances[strength] = float(np.mean(far))
         kept[strength], followed[strength] = float(np.mean(same)), float(np.mean(new))
     return ImageToImage(distances, kept, followed)
@@ -177,7 +151,7 @@ class FewSteps:
     scheduler: str
     steps: int
     strength: float
-    forwards: int  # of the UNet
+    forward_passes: int  # of the UNet
     finite: bool  # what the VAE decoded
     size: tuple[int, int]
 
@@ -185,17 +159,17 @@ class FewSteps:
 GRID_SIZE = (72, 64)
 
 
-def few_steps(bench: Bench) -> list[FewSteps]:
+def few_steps(harness: Harness) -> list[FewSteps]:
     """The corner of the grid where a schedule has less than one step left to run."""
-    parts = bench.engine._store.load(MINIATURE_SDXL).parts
+    components = base_model(harness.engine).components
     case = cases(1)[0]
     source, mask = case.source(*GRID_SIZE), case.mask(*GRID_SIZE)
     seen: list[FewSteps] = []
-    forwards: list[None] = []
+    forward_passes: list[None] = []
     finite: list[bool] = []
     hooks = [
-        parts["unet"].register_forward_hook(lambda *_: forwards.append(None)),
-        parts["vae"].decoder.register_forward_hook(
+        components.unet.register_forward_hook(lambda *_: forward_passes.append(None)),
+        components.vae.decoder.register_forward_hook(
             lambda module, args, output: finite.append(bool(torch.isfinite(output).all()))
         ),
     ]
@@ -205,9 +179,9 @@ def few_steps(bench: Bench) -> list[FewSteps]:
         ):
             if mode == "inpaint" and (steps > 1 or strength > 0):
                 continue  # the schedule is the same one
-            forwards.clear()
+            forward_passes.clear()
             finite.clear()
-            (picture,) = bench.make(
+            (image,) = harness.make(
                 source,
                 mask if mode == "inpaint" else None,
                 width=GRID_SIZE[0],
@@ -217,7 +191,9 @@ def few_steps(bench: Bench) -> list[FewSteps]:
                 prompt_strength=strength,
             )
             seen.append(
-                FewSteps(mode, scheduler, steps, strength, len(forwards), all(finite), picture.size)
+                FewSteps(
+                    mode, scheduler, steps, strength, len(forward_passes), all(finite), image.size
+                )
             )
     finally:
         for hook in hooks:
@@ -228,24 +204,24 @@ def few_steps(bench: Bench) -> list[FewSteps]:
 # Inpainting
 
 
-def gradient(picture: Image.Image) -> Array:
+def gradient(image: Image.Image) -> Array:
     """The gradient's magnitude (H, W) in steps per pixel, the mean of the channels.
 
-    Of the picture under a Gaussian of 1 pixel, which takes off the scenes' grain (standard
+    Of the image under a Gaussian of 1 pixel, which takes off the scenes' grain (standard
     deviation 1.5) and leaves an edge.
     """
-    pixels = ndimage.gaussian_filter(np.asarray(picture, dtype=np.float64), (1, 1, 0))
+    pixels = ndimage.gaussian_filter(np.asarray(image, dtype=np.float64), (1, 1, 0))
     down, across = np.gradient(pixels, axis=(0, 1))
     return np.hypot(down, across).mean(axis=-1)
 
 
-def ground(picture: Image.Image, distance: int = 5) -> NDArray[np.bool_]:
+def ground(image: Image.Image, distance: int = 5) -> NDArray[np.bool_]:
     """Where (H, W) the judge sees no shape within `distance`; nowhere if it sees none at all.
 
-    Nor within `distance` of the picture's edge, where the decoder leaves a faint frame.
+    Nor within `distance` of the image's edge, where the decoder leaves a faint frame.
     """
-    shape = read_picture(picture).mask
-    shape = np.asarray(Image.fromarray(shape).resize(picture.size))
+    shape = read_picture(image).mask
+    shape = np.asarray(Image.fromarray(shape).resize(image.size))
     away = ndimage.binary_dilation(shape, iterations=distance)
     edge = np.ones_like(away)
     edge[distance:-distance, distance:-distance] = False
@@ -256,7 +232,7 @@ def seam_band(mask: Image.Image, blur: int) -> NDArray[np.bool_]:
     """Where (H, W) old and new meet: the feather, and 2 pixels on either side of it."""
     white = np.asarray(mask)
     inner = ndimage.binary_erosion(white == 255, iterations=2, border_value=1)
-    outer = ndimage.binary_dilation(canvas.feather(white, blur) > 0, iterations=2)
+    outer = ndimage.binary_dilation(feather(white, blur) > 0, iterations=2)
     return np.asarray(outer & ~inner)
 
 
@@ -275,10 +251,10 @@ class Inpainting:
         return float(np.mean([self.seam_ratio(texture) for texture in self.seams]))
 
 
-def inpainting(bench: Bench, count: int = CASES, blur: int = BLUR) -> Inpainting:
-    """Another shape in another colour in the place of each case's own, at full strength.
+def inpainting(harness: Harness, count: int = CASES, blur: int = BLUR) -> Inpainting:
+    """Another shape in another colour in the place of each case's shape, at full strength.
 
-    The seam is held against pictures of the same prompts from text alone: their background is as
+    The seam is held against images of the same prompts from text alone: their background is as
     smooth as the model makes one of that texture, and nothing was pasted into it. Textures are
     told apart because only on a plain one is every gradient in the band the seam's.
     """
@@ -286,15 +262,15 @@ def inpainting(bench: Bench, count: int = CASES, blur: int = BLUR) -> Inpainting
     seams, grounds, source_seams = (collections.defaultdict(list) for _ in range(3))
     for case in cases(count):
         source, mask, texture = case.source(), case.mask(), case.scene.texture
-        untouched = canvas.feather(np.asarray(mask), blur) == 0
+        untouched = feather(np.asarray(mask), blur) == 0
         band = seam_band(mask, blur)
         source_seams[texture] += [gradient(source)[band & ground(source)]]
         common = {"prompt": case.prompt, "num_outputs": OUTPUTS, "seed": case.seed}
-        for picture in bench.make(source, mask, prompt_strength=1.0, mask_blur=blur, **common):
-            right.append(judge(picture, case.asked).all_right)
-            changed += _changed(source, picture, untouched)
-            seams[texture] += [gradient(picture)[band & ground(picture)]]
-        grounds[texture] += [gradient(p)[ground(p)] for p in bench.make(**common)]
+        for image in harness.make(source, mask, prompt_strength=1.0, mask_blur=blur, **common):
+            right.append(judge(image, case.expected).all_right)
+            changed += _changed(source, image, untouched)
+            seams[texture] += [gradient(image)[band & ground(image)]]
+        grounds[texture] += [gradient(p)[ground(p)] for p in harness.make(**common)]
     means = (
         {
             texture: float(np.mean([v.mean() for v in values if v.size]))
@@ -305,9 +281,9 @@ def inpainting(bench: Bench, count: int = CASES, blur: int = BLUR) -> Inpainting
     return Inpainting(float(np.mean(right)), changed, *means)
 
 
-def _changed(source: Image.Image, picture: Image.Image, untouched: NDArray[np.bool_]) -> int:
-    assert picture.size == source.size
-    different = (np.asarray(source) != np.asarray(picture)).any(axis=-1)
+def _changed(source: Image.Image, image: Image.Image, untouched: NDArray[np.bool_]) -> int:
+    assert image.size == source.size
+    different = (np.asarray(source) != np.asarray(image)).any(axis=-1)
     return int((different & untouched).sum())
 
 
@@ -320,15 +296,15 @@ class OddSize:
     repainted: float  # rate
 
 
-def odd_sizes(bench: Bench, count: int = FEW) -> list[OddSize]:
-    """Pictures that the model works on at another size than their own."""
+def odd_sizes(harness: Harness, count: int = FEW) -> list[OddSize]:
+    """Images that the model works on at another size than theirs."""
     rows = []
     for size, area in itertools.product(ODD_SIZES, InpaintArea):
         right, changed, inside = [], 0, []
         for case in cases(count):
             source, mask = case.source(*size), case.mask(*size)
-            untouched = canvas.feather(np.asarray(mask), BLUR) == 0
-            for picture in bench.make(
+            untouched = feather(np.asarray(mask), BLUR) == 0
+            for image in harness.make(
                 source,
                 mask,
                 prompt=case.prompt,
@@ -338,9 +314,9 @@ def odd_sizes(bench: Bench, count: int = FEW) -> list[OddSize]:
                 num_outputs=OUTPUTS,
                 seed=case.seed,
             ):
-                right.append(judge(picture, case.asked).all_right)
-                changed += _changed(source, picture, untouched)
-                inside.append(difference(source, picture)[np.asarray(mask) == 255].mean())
+                right.append(judge(image, case.expected).all_right)
+                changed += _changed(source, image, untouched)
+                inside.append(difference(source, image)[np.asarray(mask) == 255].mean())
         rows.append(
             OddSize(size, str(area), changed, float(np.mean(inside)), float(np.mean(right)))
         )
@@ -352,10 +328,10 @@ class HiddenContent:
     size: tuple[int, int]
     area: str
     strength: float
-    different: int  # pixels in which the pictures of two sources differ
+    different: int  # pixels in which the images of two sources differ
 
 
-def hidden_content(bench: Bench, count: int = 2) -> list[HiddenContent]:
+def hidden_content(harness: Harness, count: int = 2) -> list[HiddenContent]:
     """Two sources that differ only under the mask: the scene, and the scene with static there."""
     rows = []
     sizes = ((SIDE, SIDE), *ODD_SIZES)
@@ -367,8 +343,8 @@ def hidden_content(bench: Bench, count: int = 2) -> list[HiddenContent]:
             source, mask = case.source(*size), case.mask(*size)
             static = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), np.uint8)
             other = Image.composite(Image.fromarray(static), source, mask)
-            pictures = [
-                bench.make(
+            images = [
+                harness.make(
                     image,
                     mask,
                     prompt=case.prompt,
@@ -379,13 +355,13 @@ def hidden_content(bench: Bench, count: int = 2) -> list[HiddenContent]:
                 )
                 for image in (source, other)
             ]
-            for a, b in zip(*pictures, strict=True):
+            for a, b in zip(*images, strict=True):
                 different += int((np.asarray(a) != np.asarray(b)).any(axis=-1).sum())
         rows.append(HiddenContent(size, str(area), strength, different))
     return rows
 
 
-def soft_inpainting(bench: Bench) -> dict[int, float]:
+def soft_inpainting(harness: Harness) -> dict[int, float]:
     """The mask's grey → the mean difference under it, at full strength."""
     changes = {}
     for grey in GREYS:
@@ -393,7 +369,7 @@ def soft_inpainting(bench: Bench) -> dict[int, float]:
         for case in cases(FEW):
             source, mask = case.source(), case.mask()
             soft = mask.point(lambda v, grey=grey: grey if v else 0)
-            for picture in bench.make(
+            for image in harness.make(
                 source,
                 soft,
                 prompt=case.prompt,
@@ -401,7 +377,7 @@ def soft_inpainting(bench: Bench) -> dict[int, float]:
                 num_outputs=OUTPUTS,
                 seed=case.seed,
             ):
-                far.append(difference(picture, source)[np.asarray(mask) == 255].mean())
+                far.append(difference(image, source)[np.asarray(mask) == 255].mean())
         changes[grey] = float(np.mean(far))
     return changes
 
@@ -409,7 +385,7 @@ def soft_inpainting(bench: Bench) -> dict[int, float]:
 # Outpainting
 
 STRIP = 4  # pixels: the width of what is averaged on either side of a seam
-# What is kept of a picture of SIDE x SIDE: left, top, right, bottom; of sides that are multiples
+# What is kept of an image of SIDE x SIDE: left, top, right, bottom; of sides that are multiples
 # of 8 and not.
 CROPS = ((20, 0, 108, 128), (0, 20, 128, 108), (24, 19, 107, 110), (0, 0, 101, 128))
 
@@ -417,7 +393,7 @@ CROPS = ((20, 0, 108, 128), (0, 20, 128, 108), (24, 19, 107, 110), (0, 0, 101, 1
 @dataclass(frozen=True)
 class Outpainting:
     steps: dict[str, float]  # texture → step of the mean colour across the seam
-    true_steps: dict[str, float]  # the same in the scenes' own pictures, which textures make
+    true_steps: dict[str, float]  # the same in the images of the scenes, which textures make
     changed_inside: int  # pixels of the source deeper than the feather that are not its bytes
     background_kept: float  # rate
 
@@ -425,41 +401,41 @@ class Outpainting:
         return float(np.mean(list(self.steps.values())))
 
 
-def outpainting(bench: Bench, count: int = CASES) -> Outpainting:
+def outpainting(harness: Harness, count: int = CASES) -> Outpainting:
     """Scenes that were cropped, back at their size; prompted with the background or all of it.
 
     The step compares the STRIP pixels outside the source's edge with the STRIP pixels inside it
     that lie behind the feather, along the whole edge: the absolute difference of the mean colours,
-    averaged over channels, edges and pictures.
+    averaged over channels, edges and images.
     """
     jobs = []
     for k, case in enumerate(cases(count, size="small")):
         full = k // len(CROPS) % 2 == 1
         jobs.append((case, case.source(), CROPS[k % len(CROPS)], full))
-    return _outpainted(bench, jobs)
+    return _outpainted(harness, jobs)
 
 
-def outpainting_in_two_passes(bench: Bench, count: int = FEW) -> Outpainting:
-    """The middle of scenes of 256 x 128: half its width on either side, more than a pass adds."""
+def outpainting_in_two_stages(harness: Harness, count: int = FEW) -> Outpainting:
+    """The middle of scenes of 256 x 128: half its width on either side, more than a stage adds."""
     box = (SIDE // 2, 0, SIDE * 3 // 2, SIDE)
     return _outpainted(
-        bench, [(case, case.source(2 * SIDE, SIDE), box, False) for case in cases(count)]
+        harness, [(case, case.source(2 * SIDE, SIDE), box, False) for case in cases(count)]
     )
 
 
 Box = tuple[int, int, int, int]
 
 
-def _outpainted(bench: Bench, jobs: list[tuple[Case, Image.Image, Box, bool]]) -> Outpainting:
-    """Each job: a case, a picture, the part of it that is kept, and whether to prompt for all."""
+def _outpainted(harness: Harness, jobs: list[tuple[Case, Image.Image, Box, bool]]) -> Outpainting:
+    """Each job: a case, an image, the part of it that is kept, and whether to prompt for all."""
     steps, true_steps = collections.defaultdict(list), collections.defaultdict(list)
     kept, changed = [], 0
     for case, whole, box, full in jobs:
         margins = Margins(box[0], box[1], whole.width - box[2], whole.height - box[3])
-        interior = canvas.feather(canvas.margin_mask(whole.size, margins), BLUR) == 0
+        interior = feather(margin_mask(whole.size, margins), BLUR) == 0
         ground = f"{case.scene.background} background"
         subject = f"a {case.scene.size} {case.scene.colour} {case.scene.shape}"
-        for picture in bench.make(
+        for image in harness.make(
             whole.crop(box),
             prompt=f"{subject} on a {ground}" if full else ground,
             prompt_strength=1.0,
@@ -467,16 +443,16 @@ def _outpainted(bench: Bench, jobs: list[tuple[Case, Image.Image, Box, bool]]) -
             num_outputs=OUTPUTS,
             seed=case.seed,
         ):
-            steps[case.scene.texture].append(_edge_step(picture, box))
-            changed += _changed(whole, picture, interior)
-            kept.append(read_picture(picture).background == case.scene.background)
+            steps[case.scene.texture].append(_edge_step(image, box))
+            changed += _changed(whole, image, interior)
+            kept.append(read_picture(image).background == case.scene.background)
         true_steps[case.scene.texture].append(_edge_step(whole, box))
     means = ({t: float(np.mean(v)) for t, v in d.items()} for d in (steps, true_steps))
     return Outpainting(*means, changed, float(np.mean(kept)))
 
 
-def _edge_step(picture: Image.Image, box: Box) -> float:
-    pixels, kept = (np.asarray(p, dtype=np.float64) for p in (picture, picture.crop(box)))
+def _edge_step(image: Image.Image, box: Box) -> float:
+    pixels, kept = (np.asarray(p, dtype=np.float64) for p in (image, image.crop(box)))
     left, top, right, bottom = box
     inside = slice(BLUR, BLUR + STRIP)
     pairs = (
@@ -492,14 +468,6 @@ def _edge_step(picture: Image.Image, box: Box) -> float:
 # The report
 
 
-@contextlib.contextmanager
-def open_bench() -> Iterator[Bench]:
-    engine = Engine(Edition.MINIATURE, "cpu")
-    engine.load()
-    with tempfile.TemporaryDirectory() as folder:
-        yield Bench(engine, Path(folder))
-
-
 def _table(title: str, *rows: tuple[object, ...]) -> None:
     print(f"\n**{title}**\n")
     for i, row in enumerate(rows):
@@ -509,36 +477,36 @@ def _table(title: str, *rows: tuple[object, ...]) -> None:
             print("|---" * len(row) + "|")
 
 
-def report(bench: Bench) -> None:
-    quiet = contextlib.redirect_stdout(sys.stderr)  # the engine says its seeds
+def report(harness: Harness) -> None:
+    quiet = contextlib.redirect_stdout(sys.stderr)  # the engine logs seeds
     with quiet:
-        img2img, grid, inpainted = image_to_image(bench), few_steps(bench), inpainting(bench)
-        hard = inpainting(bench, blur=0)
-        odd, hidden, soft = odd_sizes(bench), hidden_content(bench), soft_inpainting(bench)
-        outpainted, twice = outpainting(bench), outpainting_in_two_passes(bench)
-    pictures = CASES * OUTPUTS
+        img2img, grid, inpainted = image_to_image(harness), few_steps(harness), inpainting(harness)
+        hard = inpainting(harness, blur=0)
+        odd, hidden, soft = odd_sizes(harness), hidden_content(harness), soft_inpainting(harness)
+        outpainted, twice = outpainting(harness), outpainting_in_two_stages(harness)
+    images = CASES * OUTPUTS
     _table(
-        f"Image to image, {pictures} pictures",
+        f"Image to image, {images} images",
         ("prompt_strength", "distance to source", "background kept", "prompt followed"),
         *(
             (s, img2img.distances[s], img2img.background_kept[s], img2img.followed[s])
             for s in STRENGTHS
         ),
-        ("bar", "growing", f"≥ {BACKGROUND_KEPT} at 0.45", f"≥ {PROMPT_FOLLOWED} at 0.95"),
+        ("threshold", "growing", f"≥ {BACKGROUND_KEPT} at 0.45", f"≥ {PROMPT_FOLLOWED} at 0.95"),
     )
     _table(
         "Few steps at low strength",
-        ("requests", "fewest UNet forwards", "with finite latents", "of the right size"),
+        ("requests", "fewest UNet forward passes", "with finite latents", "of the right size"),
         (
             len(grid),
-            min(g.forwards for g in grid),
+            min(g.forward_passes for g in grid),
             sum(g.finite for g in grid),
             sum(g.size == GRID_SIZE for g in grid),
         ),
     )
     _table(
-        f"Inpainting, {pictures} pictures",
-        ("measured", "result", "bar"),
+        f"Inpainting, {images} images",
+        ("measured", "result", "threshold"),
         ("shape, colour and background right", inpainted.repainted, f"≥ {REPAINTED}"),
         ("pixels changed outside the feather", inpainted.changed_outside, 0),
         ("seam / ground, mean of the textures", inpainted.mean_seam_ratio(), f"≤ {SEAM_RATIO}"),
@@ -560,13 +528,13 @@ def report(bench: Bench) -> None:
     )
     _table(
         "Two sources that differ under the mask only",
-        ("size", "area", "prompt_strength", "pixels that differ (bar: 0 at 1.0)"),
+        ("size", "area", "prompt_strength", "pixels that differ (threshold: 0 at 1.0)"),
         *((h.size, h.area, h.strength, h.different) for h in hidden),
     )
-    _table("Soft inpainting", ("grey", "difference under it (bar: growing)"), *soft.items())
+    _table("Soft inpainting", ("grey", "difference under it (threshold: growing)"), *soft.items())
     _table(
-        f"Outpainting, {pictures} pictures in one pass, {FEW * OUTPUTS} in two",
-        ("passes", "step at the seam", "bar", "changed inside", "background kept"),
+        f"Outpainting, {images} images in one stage, {FEW * OUTPUTS} in two",
+        ("stages", "step at the seam", "threshold", "changed inside", "background kept"),
         *(
             (n, o.mean_step(), f"≤ {OUTPAINT_STEP}", o.changed_inside, o.background_kept)
             for n, o in ((1, outpainted), (2, twice))
@@ -574,7 +542,7 @@ def report(bench: Bench) -> None:
     )
     _table(
         "Its steps",
-        ("passes", "texture", "at the seam", "in the scene's own picture"),
+        ("stages", "texture", "at the seam", "in the image of the scene"),
         *(
             (n, t, step, o.true_steps[t])
             for n, o in ((1, outpainted), (2, twice))
@@ -584,8 +552,8 @@ def report(bench: Bench) -> None:
 
 
 def main() -> None:
-    with open_bench() as bench:
-        report(bench)
+    with open_harness() as harness:
+        report(harness)
 
 
 if __name__ == "__main__":
