@@ -31,13 +31,13 @@ from generation.sampling import (
     GuidanceInterval,
     KnownLatents,
     Timesteps,
+    build_scheduler,
     denoise,
     initial_latents,
     refiner_cutoff,
     select_timesteps,
     start_from,
 )
-from generation.schedulers import build_scheduler
 from generation.sizes import SIDE_MULTIPLE, Size
 from generation.timings import Timings
 from models.cache import LoadedControlNet, LoadedModel
