@@ -6,8 +6,8 @@ import json
 import re
 from collections.abc import Sequence
 
+from generation.adapters import Adapter
 from generation.base_models import BaseModelSpec
-from generation.lora_merger import Adapter
 from generation.options import Upscaler
 from generation.plan import GenerationPlan, Mode
 from generation.schedulers import A1111_SCHEDULE_NAMES, SCHEDULERS
