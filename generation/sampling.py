@@ -211,7 +211,7 @@ class CFGDenoiser:
             else:
                 guidance, conditioning = None, conditioning.of_prompts()
         unet = self.model.components.unet
-        sample = sample.to(unet.dtype)
+        sample = sample.to(self.model.dtype)
         # As a number: copying the tensor to a GPU would wait for it.
         t = torch.full((), float(timestep), dtype=torch.float32, device=sample.device)
         residuals: Residuals | None = None

@@ -185,7 +185,7 @@ class StageSampler:
     def _noise(self, size: Size) -> Tensor:
         """Draw noise (N, 4, H/8, W/8) for images of a size."""
         shape = (LATENT_CHANNELS, size[1] // SIDE_MULTIPLE, size[0] // SIDE_MULTIPLE)
-        return randn(self.generators, shape, self.base.components.unet.device)
+        return randn(self.generators, shape, self.base.device)
 
     def _denoiser(
         self,
@@ -194,7 +194,7 @@ class StageSampler:
         size: Size,
         maps: Mapping[str, Image.Image],
     ) -> CFGDenoiser:
-        plan, unet = self.plan, model.components.unet
+        plan = self.plan
         guidance = None
         if plan.do_classifier_free_guidance:
             guidance = GuidanceInterval(plan.guidance_scale, plan.guidance_start, plan.guidance_end)
@@ -202,6 +202,6 @@ class StageSampler:
         conditioning = condition(model.components, prompts, size, n_images, plan.guidance_scale)
         if maps:
             controlnets = active_controlnets(
-                plan.controlnets, self.controlnets, maps, unet.device, unet.dtype
+                plan.controlnets, self.controlnets, maps, model.device, model.dtype
             )
         return CFGDenoiser(model, conditioning, guidance, controlnets)
