@@ -1,4 +1,4 @@
-"""The boundary to Cog's trainings: the signature becomes settings, the result becomes an archive.
+"""The boundary to Cog's trainings: inputs become a TrainConfig, files a TrainingOutput.
 
 Cog reads this file without running it, and silently drops what it cannot read: literals only, one
 plain string per description (`script/schema --check` holds this).
@@ -8,41 +8,19 @@ import os
 import shutil
 import tempfile
 from pathlib import Path as LocalPath
-from typing import TYPE_CHECKING, List, Optional  # noqa: UP035  the spelling that every version of Cog's parser reads
+from typing import List, Optional  # noqa: UP035  the spelling that every version of Cog's parser reads
 
 from cog import BaseModel, Input, Path
 
-from preprocess.crop import BucketRules, make_buckets, square_bucket
-from preprocess.errors import BadArchive
-from training.base_models import (
-    DEFAULT_BASE_MODEL,
-    TRAINABLE_MODELS,
-    Method,
-    Schedule,
-    TrainableSpec,
-)
-from training.config import (
-    LoraFormat,
-    Optimizer,
-    Prior,
-    TrainConfig,
-    check_class_images,
-    resolve,
-)
-from training.errors import InvalidTraining
-from weights.catalog import Edition
-from weights.edition import Device, resolve_device, resolve_edition
-
-if TYPE_CHECKING:
-    from preprocess.prepare import PreparedPhoto, PrepareSettings
-
-BUCKET_STEPS = 16  # sides are multiples of this part of the native one: 64 pixels of SDXL's 1024
+from training.config import TRAINABLE_MODELS, TrainConfig
+from training.plan import check_class_images, resolve
+from weights.edition import resolve_device, resolve_edition
 
 # script/sync: preprocess.archive.Filetype
 FILETYPE_CHOICES = ["infer", "zip", "tar"]
-# script/sync: training.base_models.Method
+# script/sync: training.config.Method
 METHOD_CHOICES = ["lora", "full", "textual_inversion"]
-# script/sync: training.base_models.Schedule
+# script/sync: training.config.Schedule
 LR_SCHEDULER_CHOICES = ["constant", "linear", "cosine"]
 # script/sync: training.config.Optimizer
 OPTIMIZER_CHOICES = ["adamw", "adamw_8bit", "prodigy", "adafactor"]
@@ -53,7 +31,7 @@ LORA_FORMAT_CHOICES = ["cog_sdxl", "kohya"]
 
 
 class TrainingOutput(BaseModel):  # type: ignore[misc]  # cog has no types for it
-    """`weights` is what predictions take as replicate_weights or COG_WEIGHTS."""
+    """`weights` is for predictions: replicate_weights or COG_WEIGHTS."""
 
     weights: Path
     exchange: Optional[Path] = None  # a zip of files for other programs
@@ -252,175 +230,44 @@ def train(
         ge=1,
         le=1000000,
     ),
+    text_encoder_lr: Optional[float] = Input(
+        default=None,
+        description="Learning rate of the text encoders' LoRA. Empty: the model's default",
+        ge=0,
+        le=10,
+    ),
+    max_grad_norm: float = Input(
+        default=1.0, description="Norm to clip gradients to", ge=1e-06, le=1000000
+    ),
+    gradient_checkpointing: Optional[bool] = Input(
+        default=None,
+        description="Recompute activations to save memory. Empty: only if the GPU needs it",
+    ),
 ) -> TrainingOutput:
-    """Learn a new word, and how to draw it, from photos."""
-    from preprocess.prepare import PrepareSettings
-
+    """Train a model on images of a new concept, which token_string stands for in prompts."""
+    config = TrainConfig.from_inputs(**locals())
     device = resolve_device()
     edition = resolve_edition(cuda_available=device == "cuda")
-    spec = TRAINABLE_MODELS[edition][DEFAULT_BASE_MODEL]
-    config = TrainConfig(
-        seed=_whole(seed),
-        method=_method(method, is_lora),
-        resolution=_whole(resolution),
-        train_batch_size=_whole(train_batch_size),
-        gradient_accumulation_steps=int(gradient_accumulation_steps),
-        num_train_epochs=None if max_train_steps else _whole(num_train_epochs),
-        max_train_steps=_whole(max_train_steps),
-        unet_learning_rate=unet_learning_rate,
-        ti_lr=ti_lr,
-        lora_lr=lora_lr,
-        lora_rank=_whole(lora_rank),
-        lora_alpha=lora_alpha,
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-        train_text_encoder=train_text_encoder,
-        optimizer=Optimizer(optimizer),
-        lr_scheduler=Schedule(lr_scheduler) if lr_scheduler else None,
-        lr_warmup_steps=_whole(lr_warmup_steps),
-        token_string=token_string,
-        n_tokens=_whole(num_new_tokens),
-        token_initializer=token_initializer or None,
-        pivot_fraction=pivot_fraction,
-        snr_gamma=snr_gamma,
-        noise_offset=noise_offset,
-        caption_dropout=caption_dropout,
-        mask_floor=mask_floor,
-        random_flip=random_flip,
-        prior_preservation=Prior(prior_preservation),
-        prior_loss_weight=prior_loss_weight,
-        class_prompt=class_prompt,
-        compile_unet=compile_unet,
-        checkpointing_steps=_whole(checkpointing_steps),
-        validation=validation,
-        preview_prompts=tuple(preview_prompts),
-        preview_steps=_whole(preview_steps),
-        lora_format=LoraFormat(lora_format),
-        exchange_files=exchange_files,
-        verbose=verbose,
-    )
-    plan = resolve(config, spec, n_examples=2)  # its rules, before anything is read
-    check_class_images(class_images is not None, plan.prior)
-    settings = PrepareSettings(
-        token_string=token_string,
-        caption_prefix=caption_prefix,
-        mask_target_prompts=mask_target_prompts or "",
-        clipseg_temperature=clipseg_temperature,
-        use_face_detection_instead=use_face_detection_instead,
-        crop_based_on_salience=crop_based_on_salience,
-        filetype=input_images_filetype,
-        buckets=_buckets(plan.resolution, spec, aspect_ratio_buckets),
-    )
-    output = _empty_folder()
+    resolve(config, TRAINABLE_MODELS[edition], n_examples=2)  # every rule, before anything is read
+    check_class_images(config.class_images is not None, config.prior_preservation)
+
+    from training.run import run  # imports torch
+
+    folder = _empty_folder()
     try:
-        return _train(input_images, class_images, config, settings, edition, device, output)
-    except BaseException:  # cancelled ones too
-        shutil.rmtree(output, ignore_errors=True)
+        archive, exchange = run(config, edition, device, folder)
+    except BaseException:  # a cancellation too
+        shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _train(
-    input_images: Path,
-    class_images: Optional[Path],
-    config: TrainConfig,
-    settings: "PrepareSettings",
-    edition: Edition,
-    device: Device,
-    output: LocalPath,
-) -> TrainingOutput:
-    """Photos → examples → a trained model → files in `output`."""
-    from torch import device as torch_device
-
-    from preprocess.prepare import prepare, prepare_class_images
-    from training import export, loop, model, optimizers
-    from training.dataset import Example
-    from training.previews import paint
-    from training.progress import Event, Previews, Started
-    from training.report import render_report
-
-    def example(photo: "PreparedPhoto") -> Example:
-        crop = photo.crop
-        return Example(
-            photo.name,
-            crop.image,
-            crop.mask,
-            photo.caption,
-            (crop.original_size[1], crop.original_size[0]),
-            crop.crop_top_left,
-        )
-
-    optimizers.check(config.optimizer, device)
-    if config.compile_unet:
-        model.check_compiler(device)
-    others = []
-    if class_images is not None:  # first, as it takes no model: what is wrong shows at once
-        others = prepare_class_images(_file("class_images", class_images), settings, output)
-    photos = prepare(_file("input_images", input_images), settings, edition, device, output)
-    base = model.load(
-        TRAINABLE_MODELS[edition][DEFAULT_BASE_MODEL], edition, torch_device(device), config.method
-    )
-    examples = [example(photo) for photo in photos]
-    previews: List[Previews] = []
-
-    def listen(event: Event) -> None:
-        if isinstance(event, Started):
-            print(f"Using seed: {event.plan.seed}", flush=True)
-        elif isinstance(event, Previews):
-            previews.append(event)
-
-    checkpoints = LocalPath(os.environ.get("TRAINING_CHECKPOINTS") or output)
-    trained = loop.fit(
-        examples,
-        [example(photo) for photo in others],
-        config,
-        base,
-        checkpoints,
-        listen,
-        paint if config.preview_prompts else None,
-    )
-    report = render_report(trained.plan, examples, trained.history, previews)
-    files = export.write(trained, base, len(examples), output, report)
-    exchange = export.bundle(files, output)
-    return TrainingOutput(weights=Path(files.archive), exchange=exchange and Path(exchange))
-
-
-def _method(method: Optional[str], is_lora: bool) -> Method:
-    if method is None:
-        return Method.LORA if is_lora else Method.FULL
-    if not is_lora and method == Method.LORA:
-        raise InvalidTraining("method is lora and is_lora false: leave one of them out")
-    return Method(method)
-
-
-def _buckets(
-    resolution: int, spec: TrainableSpec, aspect_ratio: bool
-) -> "tuple[tuple[int, int], ...]":
-    """The sizes to train at."""
-    if not aspect_ratio:
-        return square_bucket(resolution)
-    step = spec.native_size // BUCKET_STEPS
-    rules = BucketRules(resolution, step, min_side=resolution // 2, max_side=resolution * 2)
-    return make_buckets(rules)
+    return TrainingOutput(weights=Path(archive), exchange=exchange and Path(exchange))
 
 
 def _empty_folder() -> LocalPath:
-    """This process's own; what an earlier training left in it is gone."""
+    """Make this process's folder, without what an earlier training left in it."""
     folder = LocalPath(tempfile.gettempdir(), f"cog-stable-diffusion-training-{os.getpid()}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     return folder
-
-
-def _whole(value: Optional[float]) -> Optional[int]:
-    """JSON has one number type: 2.0 passes the schema's "integer" and arrives as a float."""
-    return None if value is None else int(value)
-
-
-def _file(name: str, value: Path) -> LocalPath:
-    """The server hands over a downloaded file; anything else would name one of its own files."""
-    if not isinstance(value, Path):
-        raise BadArchive(f"{name} is {str(value)[:80]!r}; it must be a URL or a data URI")
-    return LocalPath(value)
 
 
 if __name__ == "__main__":  # `accelerate launch train.py -i input_images=@photos.zip`

@@ -20,16 +20,17 @@ from typing import Any
 
 import torch
 
-from training.config import TrainPlan
 from training.dataset import Latents
 from training.errors import DiskFull, WrongCheckpoint
 from training.optimizers import Group
+from training.plan import TrainPlan
 from training.progress import History
 from weights.unpack import disk_full_is
 
 _NAME = re.compile(r"step-(\d{6})")
 # Settings that may change between two parts of one training.
 _FREE = {"verbose", "checkpointing_steps", "preview_prompts", "preview_steps", "exchange_files"}
+_FREE |= {"input_images", "class_images", "input_images_filetype"}  # the examples count
 
 
 @dataclass(frozen=True)

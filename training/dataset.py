@@ -15,8 +15,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from training.config import SIDE_MULTIPLE, TrainPlan
 from training.errors import InvalidTraining
+from training.plan import SIDE_MULTIPLE, TrainPlan
 from weights.trigger_words import has_trigger_word
 
 if TYPE_CHECKING:

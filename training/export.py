@@ -8,11 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from training.base_models import Method
-from training.config import LoraFormat, TrainPlan
+from training.config import LoraFormat, Method
 from training.errors import DiskFull
 from training.loop import Trained
 from training.model import TrainableModel
+from training.plan import TrainPlan
 from weights import trained_export
 from weights.trained import POOLING_HEADER_KEY
 from weights.trained_types import ModelShapes
@@ -142,17 +142,16 @@ def _write_kohya(path: Path, tensors: dict[str, Tensor], header: dict[str, str])
 def _lora_header(trained: Trained, model: TrainableModel, n_images: int) -> dict[str, str]:
     """What kohya's files say of their training; A1111 asks for ss_base_model_version."""
     plan = trained.plan
-    lora = plan.lora
     values: dict[str, object] = {
         "ss_v2": False,
         "ss_base_model_version": model.spec.base_model_version,
         "ss_sd_model_name": model.spec.name,
         "ss_network_module": "networks.lora",
-        "ss_network_dim": lora.rank if lora else 1,
-        "ss_network_alpha": lora.alpha if lora else 1,
+        "ss_network_dim": plan.lora_rank if plan.is_lora else 1,
+        "ss_network_alpha": plan.lora_alpha if plan.is_lora else 1,
         "ss_output_name": plan.token_string,
         "ss_unet_lr": plan.lora_lr,
-        "ss_text_encoder_lr": plan.text_encoder_lr if lora and lora.text_encoder else None,
+        "ss_text_encoder_lr": plan.text_encoder_lr if plan.train_text_encoder else None,
         "ss_learning_rate": plan.lora_lr,
         "ss_steps": plan.max_train_steps,
         "ss_num_train_images": n_images,
@@ -168,7 +167,7 @@ def _lora_header(trained: Trained, model: TrainableModel, n_images: int) -> dict
         "ss_prior_loss_weight": plan.prior_loss_weight,
     }
     arguments: dict[str, object] = {}
-    if lora and lora.use_dora:
+    if plan.use_dora:
         arguments["use_dora"] = True
     texts = {key: str(value) for key, value in values.items()}
     texts["ss_network_args"] = json.dumps(arguments)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from training import lora, losses
-from training.base_models import Method
-from training.config import Prior, TrainPlan
+from training.config import Method, Prior
 from training.cuda_graphs import Graphed, Pass
 from training.dataset import Batch
 from training.model import TrainableModel, compiled, training_mode
 from training.optimizers import Group
+from training.plan import TrainPlan
 from training.textual_inversion import NewWord, Reader, known, text_pass
 from weights.trained_types import TEXT_ENCODERS, UNET, Pooling, TokenVectors, TrainedWeights
 from weights.trigger_words import replace_trigger_words
@@ -92,9 +92,9 @@ class Learner:
         """What has been learnt, on the CPU."""
         plan, modules = self.plan, self.model.modules()
         deltas = {}
-        if plan.lora is not None:
+        if plan.method is Method.LORA:
             for part, module in modules.items():
-                deltas.update(lora.deltas(module, part, plan.lora))
+                deltas.update(lora.deltas(module, part, plan))
         parameters = {}
         if plan.method is Method.FULL:
             parameters = {
@@ -125,15 +125,15 @@ def prepared(model: TrainableModel, plan: TrainPlan) -> Iterator[Learner]:
         teacher = None
         stack.enter_context(training_mode(model.unet, _recomputes(model, plan)))
         stack.enter_context(compiled(model, plan.compile_unet))
-        if plan.lora is not None:
-            attach = lora.attached(model.unet, plan.lora, lora.UNET_TARGETS, plan.seed)
+        if plan.method is Method.LORA:
+            attach = lora.attached(model.unet, plan, lora.UNET_TARGETS, plan.seed)
             stack.enter_context(attach)
             learning = lora.parameters(model.unet)
             groups.append(Group("lora", learning, plan.lora_lr, LORA_DECAY, end))
-            if plan.lora.text_encoder:
+            if plan.train_text_encoder:
                 groups.append(_text_encoder_group(stack, model, plan))
         elif plan.method is Method.FULL:
-            if plan.prior is Prior.TEACHER:
+            if plan.prior_preservation is Prior.TEACHER:
                 teacher = unet_pass(copy.deepcopy(model.unet).requires_grad_(False))
             model.unet.requires_grad_(True)
             stack.callback(model.unet.requires_grad_, False)
@@ -171,7 +171,7 @@ def _replays(model: TrainableModel, plan: TrainPlan) -> bool:
     return (
         model.device.type == "cuda"
         and plan.method is not Method.FULL
-        and plan.prior is Prior.OFF
+        and plan.prior_preservation is Prior.OFF
         and plan.gradient_accumulation_steps == 1
         and not _recomputes(model, plan)
     )
@@ -188,11 +188,10 @@ def _recomputes(model: TrainableModel, plan: TrainPlan) -> bool:
 
 
 def _text_encoder_group(stack: ExitStack, model: TrainableModel, plan: TrainPlan) -> Group:
-    assert plan.lora is not None
     learning = {}
     for number, part in enumerate(TEXT_ENCODERS):
         encoder = model.text_encoders[part]
         seed = (plan.seed + 1 + number) % 2**32
-        stack.enter_context(lora.attached(encoder, plan.lora, lora.TEXT_TARGETS, seed))
+        stack.enter_context(lora.attached(encoder, plan, lora.TEXT_TARGETS, seed))
         learning.update({f"{part}.{k}": p for k, p in lora.parameters(encoder).items()})
     return Group("text_encoders", learning, plan.text_encoder_lr, LORA_DECAY, plan.max_train_steps)

@@ -15,11 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from training import checkpoints, dataset, optimizers
-from training.config import Prior, TrainConfig, TrainPlan, check_class_images, resolve
+from training.config import Prior, TrainConfig
 from training.dataset import Batch, Example, Latents
 from training.errors import Diverged, InvalidTraining
 from training.learner import Learner, prepared
 from training.model import TrainableModel, uncompiled
+from training.plan import TrainPlan, check_class_images, resolve
 from training.progress import (
     Bar,
     CheckpointSaved,
@@ -110,7 +111,7 @@ def _check(
     dataset.check_examples(examples, "example")
     dataset.check_examples(class_images, "class image")
     dataset.check_captions(dataset.split(examples, plan)[0], plan)
-    check_class_images(bool(class_images), plan.prior)
+    check_class_images(bool(class_images), plan.prior_preservation)
     if plan.preview_prompts and paint is None:
         raise InvalidTraining("there are preview_prompts, but nothing that draws them; leave out")
 
@@ -205,8 +206,8 @@ class _Training:
             batch = self._draw(self.data.examples, indices, dataset.TRAINING, step, k)
             with self.accelerator.autocast():
                 loss = own = learner.loss(batch)
-                if plan.prior is not Prior.OFF:
-                    if plan.prior is Prior.TEACHER:
+                if plan.prior_preservation is not Prior.OFF:
+                    if plan.prior_preservation is Prior.TEACHER:
                         prior = learner.teacher_loss(batch)
                     else:
                         kind = dataset.CLASS_IMAGES
@@ -227,7 +228,7 @@ class _Training:
                 f"the loss became {own_mean} in step {step + 1}; lower the learning rates, or use"
                 " more warm-up steps"
             )
-        return own_mean, None if plan.prior is Prior.OFF else prior_mean
+        return own_mean, None if plan.prior_preservation is Prior.OFF else prior_mean
 
     def _draw(
         self, data: list[Latents], indices: list[int], kind: int, step: int, number: int

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.config import LoraPlan
+from training.plan import TrainPlan
 from weights.trained_types import LoraDelta
 
 # Attention, as cog-sdxl trains it; so its format has room for all of it.
@@ -20,7 +20,7 @@ _ADAPTER = "default"
 
 @contextmanager
 def attached(
-    module: nn.Module, plan: LoraPlan, targets: tuple[str, ...], seed: int
+    module: nn.Module, plan: TrainPlan, targets: tuple[str, ...], seed: int
 ) -> Iterator[None]:
     """LoRA layers on the module's `targets`, in fp32, that start without effect."""
     from diffusers.utils.peft_utils import recurse_remove_peft_layers
@@ -29,8 +29,8 @@ def attached(
     from training import lora_layers
 
     config = LoraConfig(
-        r=plan.rank,
-        lora_alpha=plan.alpha,  # type: ignore[arg-type]
+        r=plan.lora_rank,
+        lora_alpha=plan.lora_alpha,  # type: ignore[arg-type]
         use_rslora=plan.use_rslora,
         use_dora=plan.use_dora,
         target_modules=list(targets),
@@ -72,7 +72,7 @@ def switched_off(*modules: nn.Module) -> Iterator[None]:
         yield
 
 
-def deltas(module: nn.Module, part: str, plan: LoraPlan) -> dict[str, LoraDelta]:
+def deltas(module: nn.Module, part: str, plan: TrainPlan) -> dict[str, LoraDelta]:
     """What the LoRA layers have learnt: "<part>.<path>" → delta, on the CPU."""
     from peft.tuners.lora import LoraLayer
 
@@ -90,5 +90,5 @@ def deltas(module: nn.Module, part: str, plan: LoraPlan) -> dict[str, LoraDelta]
             magnitude = inner.lora_magnitude_vector[_ADAPTER].weight.detach().float().cpu()
             magnitude = magnitude.reshape(-1, 1).clone()
         # LoraDelta scales by alpha / rank.
-        found[f"{part}.{path}"] = LoraDelta(down, up, plan.scaling * plan.rank, magnitude)
+        found[f"{part}.{path}"] = LoraDelta(down, up, plan.lora_scaling * plan.lora_rank, magnitude)
     return found

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from training.base_models import Method, TrainableSpec
+from training.config import Method, TrainableSpec
 from training.dataset import Noise
 from training.errors import MissingCompiler
 from weights import cache

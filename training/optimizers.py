@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from training.base_models import Schedule
-from training.config import Optimizer, TrainPlan
+from training.config import Optimizer, Schedule
 from training.errors import MissingOptimizer
+from training.plan import TrainPlan
 
 BETAS = (0.9, 0.99)  # a training of hundreds of steps: Adam's 0.999 remembers all of it
 

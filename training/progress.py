@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.config import TrainPlan
+from training.plan import TrainPlan
 
 if TYPE_CHECKING:
     from PIL import Image

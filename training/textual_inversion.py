@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.config import TrainPlan
 from training.cuda_graphs import Pass
 from training.dataset import generator
 from training.errors import InvalidTraining
 from training.model import TrainableModel
+from training.plan import TrainPlan
 from weights.trained_types import TEXT_ENCODERS
 from weights.trigger_words import replace_trigger_words
 
@@ -87,7 +87,7 @@ def _initial_rows(
     g: torch.Generator,
 ) -> Tensor:
     """(n, width): around an initial word's vector, or drawn as the vocabulary is spread."""
-    spread = table.std(dim=0) * torch.randn((plan.n_tokens, table.shape[1]), generator=g)
+    spread = table.std(dim=0) * torch.randn((plan.num_new_tokens, table.shape[1]), generator=g)
     if plan.token_initializer is None:
         return table.mean(dim=0) + spread
     ids = tokenizer(plan.token_initializer, add_special_tokens=False).input_ids

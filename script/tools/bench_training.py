@@ -91,6 +91,7 @@ def train_ours(turns: Turns, cpu: bool, size: int, steps: int, compiled: bool = 
             turns.tell(event.loss)
 
     config = TrainConfig(
+        input_images=Path(),
         seed=0,
         resolution=size,
         max_train_steps=steps,
@@ -124,7 +125,7 @@ def subject(cpu: bool, size: int) -> tuple[TrainableModel, list[Example]]:
     import torch
     from PIL import Image
 
-    from training import base_models
+    from training.config import TRAINABLE_MODELS, Method
     from training.dataset import Example
     from training.model import load
     from weights.catalog import Edition
@@ -141,8 +142,8 @@ def subject(cpu: bool, size: int) -> tuple[TrainableModel, list[Example]]:
     if not cpu:
         return _random_sdxl(), examples
     device = torch.device("cpu")
-    spec = base_models.MINIATURE_SDXL
-    return load(spec, Edition.MINIATURE, device, base_models.Method.LORA), examples
+    spec = TRAINABLE_MODELS[Edition.MINIATURE]
+    return load(spec, Edition.MINIATURE, device, Method.LORA), examples
 
 
 def _random_sdxl() -> TrainableModel:
@@ -151,14 +152,15 @@ def _random_sdxl() -> TrainableModel:
     from diffusers import DDPMScheduler
 
     from script.tools import random_sdxl
-    from training import base_models
+    from training.config import TRAINABLE_MODELS
     from training.model import TrainableModel
+    from weights.catalog import Edition
     from weights.trained_types import TEXT_ENCODERS
 
     device, dtype = torch.device("cuda"), torch.bfloat16
     parts = random_sdxl.build_parts(device, dtype)
     return TrainableModel(
-        spec=base_models.SDXL,
+        spec=TRAINABLE_MODELS[Edition.FULL],
         unet=parts["unet"],
         vae=parts["vae"].float(),
         text_encoders={part: parts[part] for part in TEXT_ENCODERS},

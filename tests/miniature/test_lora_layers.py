@@ -4,11 +4,12 @@ import pytest
 import torch
 from peft.tuners.lora import Linear
 
+from tests.unit.test_training_config import plan as resolved
 from training import lora, lora_layers
-from training.config import LoraPlan
+from training.config import LoraFormat
 from training.lora_layers import LeanLinear
 
-PLAN = LoraPlan(rank=3, alpha=4.0, use_rslora=False, use_dora=False, text_encoder=False)
+PLAN = resolved(lora_rank=3, lora_alpha=4.0)
 TARGETS = ("to_q", "to_out")
 
 
@@ -80,5 +81,8 @@ def test_bf16_keeps_updates_that_its_weights_would_lose(peft_passes, autocast):
 
 
 def test_dora_stays_pefts_own():
-    kinds, _, _ = passes(torch.randn(2, 6), LoraPlan(3, 4.0, False, True, False))
+    kinds, _, _ = passes(
+        torch.randn(2, 6),
+        resolved(lora_rank=3, lora_alpha=4.0, use_dora=True, lora_format=LoraFormat.KOHYA),
+    )
     assert kinds == {Linear}

@@ -19,8 +19,15 @@ from PIL import Image
 
 from tests.miniature import concept
 from training import loop, lora
-from training.base_models import MINIATURE_SDXL, Method, Schedule
-from training.config import LoraFormat, Optimizer, Prior, TrainConfig, resolve
+from training.config import (
+    TRAINABLE_MODELS,
+    LoraFormat,
+    Method,
+    Optimizer,
+    Prior,
+    Schedule,
+    TrainConfig,
+)
 from training.dataset import TRAINING, Batch, draw, encode
 from training.errors import (
     DiskFull,
@@ -32,6 +39,7 @@ from training.errors import (
 from training.learner import prepared
 from training.loop import Trained
 from training.model import TrainableModel, load
+from training.plan import resolve
 from training.progress import (
     CheckpointSaved,
     Event,
@@ -46,6 +54,7 @@ from weights.trained import Pooling
 
 CPU = torch.device("cpu")
 QUICK = TrainConfig(
+    input_images=Path(),
     seed=0,
     max_train_steps=4,
     train_batch_size=2,
@@ -61,7 +70,7 @@ PART, ROWS = "text_encoder_2", "word.vectors"
 @pytest.fixture(scope="module")
 def model() -> TrainableModel:
     """Shared: all but method full leave it as it was, which a test here checks."""
-    return load(MINIATURE_SDXL, Edition.MINIATURE, CPU, Method.LORA)
+    return load(TRAINABLE_MODELS[Edition.MINIATURE], Edition.MINIATURE, CPU, Method.LORA)
 
 
 def small_examples(count: int = 4) -> list:
@@ -222,7 +231,7 @@ def test_captions_are_read_as_predictions_read_them(model):
 
 
 def test_one_word_for_all_the_vectors_to_start_from(model):
-    plan = resolve(replace(QUICK, token_initializer="circle", n_tokens=3), model.spec, 4)
+    plan = resolve(replace(QUICK, token_initializer="circle", num_new_tokens=3), model.spec, 4)
     with prepared(model, plan) as learner:
         table = model.text_encoders[PART].get_input_embeddings().frozen.weight
         (number,) = model.tokenizers[PART]("circle", add_special_tokens=False).input_ids
@@ -251,7 +260,10 @@ def test_the_unet_sees_the_pictures_size(model):
 def test_a_lora_begins_without_effect_and_goes_without_trace(model):
     plan = resolve(QUICK, model.spec, 4)
     batch = first_batch(model, plan, ["a red circle"] * 2)
-    with prepared(model, replace(plan, lora=None)) as learner, torch.no_grad():
+    with (
+        prepared(model, replace(plan, method=Method.TEXTUAL_INVERSION)) as learner,
+        torch.no_grad(),
+    ):
         without = learner.loss(batch)
     with prepared(model, plan) as learner, torch.no_grad():
         assert learner.loss(batch) == without
@@ -266,7 +278,9 @@ def test_a_lora_begins_without_effect_and_goes_without_trace(model):
 
 def test_the_teacher_is_the_base_model(model):
     """Nothing to unlearn at first, and something once the LoRA has moved."""
-    plan = replace(resolve(QUICK, model.spec, 4), prior=Prior.TEACHER, class_prompt="circle")
+    plan = replace(
+        resolve(QUICK, model.spec, 4), prior_preservation=Prior.TEACHER, class_prompt="circle"
+    )
     batch = first_batch(model, plan, ["a red TOK"] * 2)
     with prepared(model, plan) as learner:
         assert learner.teacher_loss(batch).item() == 0
@@ -328,6 +342,7 @@ def test_method_full_changes_the_unet_and_textual_inversion_does_not(train, mode
         {"use_rslora": True},
         {"use_dora": True, "lora_format": LoraFormat.KOHYA},
         {"train_text_encoder": True, "lora_format": LoraFormat.KOHYA},
+        {"text_encoder_lr": 1e-2, "train_text_encoder": True, "lora_format": LoraFormat.KOHYA},
         {"optimizer": Optimizer.PRODIGY},
         {"lr_scheduler": Schedule.LINEAR},
         {"lr_warmup_steps": 3},
@@ -338,7 +353,7 @@ def test_method_full_changes_the_unet_and_textual_inversion_does_not(train, mode
         {"max_grad_norm": 1e-4, "optimizer": Optimizer.PRODIGY},
         {"ti_lr": 0.0},
         {"lora_lr": 1e-4},
-        {"n_tokens": 1},
+        {"num_new_tokens": 1},
         {"pivot_fraction": 0.0},
         {"validation": False, "n": 8},
     ],
@@ -349,6 +364,8 @@ def test_every_setting_has_an_effect(train, untouched, settings):
     if n not in untouched:
         untouched[n] = tensors_of(train(n=n))
     plain, changed = untouched[n], tensors_of(train(**settings))
+    if "text_encoder_lr" in settings:
+        plain = tensors_of(train(**{**settings, "text_encoder_lr": None}))
     assert plain.keys() != changed.keys() or any(
         plain[k].shape != changed[k].shape or not torch.equal(plain[k], changed[k]) for k in plain
     )
@@ -380,8 +397,19 @@ def test_adafactor(train, model):
     assert all(loss < 10 for loss in trained.history.losses)
 
 
-def test_gradient_checkpointing_changes_nothing(train):
-    plain, less_memory = train(), train(gradient_checkpointing=True)
+def test_gradient_checkpointing_recomputes_and_changes_nothing(train, model, monkeypatch):
+    used = []
+    enable = type(model.unet).enable_gradient_checkpointing
+    monkeypatch.setattr(
+        type(model.unet),
+        "enable_gradient_checkpointing",
+        lambda unet: (used.append(True), enable(unet)),
+    )
+    plain = train(gradient_checkpointing=False)
+    assert used == []
+    less_memory = train(gradient_checkpointing=True)
+    assert used == [True]
+    assert not model.unet.is_gradient_checkpointing
     assert difference(plain, less_memory) < 1e-5
 
 
@@ -526,7 +554,7 @@ from pathlib import Path
 import torch
 from tests.miniature.test_training import CPU, QUICK, small_examples, tensors_of
 from training import loop
-from training.base_models import MINIATURE_SDXL, Method
+from training.config import TRAINABLE_MODELS, Method
 from training.model import load
 from training.progress import StepDone
 from weights.catalog import Edition
@@ -536,7 +564,7 @@ def tell(event):
         print(event.step, flush=True)
 
 torch.set_num_threads(1)
-model = load(MINIATURE_SDXL, Edition.MINIATURE, CPU, Method.LORA)
+model = load(TRAINABLE_MODELS[Edition.MINIATURE], Edition.MINIATURE, CPU, Method.LORA)
 config = replace(QUICK, max_train_steps=int(sys.argv[2]), checkpointing_steps=2)
 trained = loop.fit(small_examples(), (), config, model, Path(sys.argv[1]), tell, None)
 torch.save(tensors_of(trained), Path(sys.argv[1]) / f"result-{trained.history.steps[-1]}.pt")

@@ -13,8 +13,7 @@ from torch import Tensor
 from generation.adapters import Adapter, AdapterSlot
 from tests.miniature.test_training import CPU, QUICK, Recorder, small_examples
 from training import export, loop
-from training.base_models import MINIATURE_SDXL, Method
-from training.config import LoraFormat
+from training.config import TRAINABLE_MODELS, LoraFormat, Method
 from training.model import TrainableModel, load
 from weights.catalog import Edition
 from weights.miniature.evaluate import FOLDER, load_pipeline
@@ -45,7 +44,7 @@ class Made:
 
 @pytest.fixture(scope="module")
 def model() -> TrainableModel:
-    return load(MINIATURE_SDXL, Edition.MINIATURE, CPU, Method.LORA)
+    return load(TRAINABLE_MODELS[Edition.MINIATURE], Edition.MINIATURE, CPU, Method.LORA)
 
 
 @pytest.fixture(scope="module", params=METHODS)

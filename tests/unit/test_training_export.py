@@ -23,10 +23,9 @@ from tests.trained_files import (
     read,
     sdxl_shapes,
 )
-from tests.unit.test_training_config import plan
+from tests.unit.test_training_config import MINIATURE_SDXL, plan
 from training import export
-from training.base_models import MINIATURE_SDXL, Method
-from training.config import LoraFormat
+from training.config import LoraFormat, Method
 from training.errors import DiskFull
 from training.loop import Trained
 from training.progress import History

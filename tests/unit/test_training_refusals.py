@@ -46,7 +46,7 @@ SETTINGS = {
     ),
     "Adafactor for a LoRA": (GOOD, {"optimizer": "adafactor"}, "is adafactor", "use adamw"),
     "a prior without a class": (
-        GOOD, {"prior_preservation": "class_images"}, "class_prompt empty", "say what",
+        GOOD, {"prior_preservation": "class_images"}, "class_prompt empty", "name the class",
     ),
     "a class without a prior": (
         GOOD, {"class_prompt": "a dog"}, "class_prompt is 'a dog'", "set that to",
