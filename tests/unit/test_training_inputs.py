@@ -6,7 +6,7 @@ import pytest
 
 import train as boundary
 from script.tools.arguments import as_cog_gives_them, parse_inputs
-from script.tools.schema import document
+from script.tools.openapi import document
 from script.tools.train import COMPONENT, ROOT
 from training import run
 
