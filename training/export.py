@@ -76,7 +76,7 @@ def _write(
     report: str | None,
 ) -> ExportedFiles:
     folder.mkdir(parents=True, exist_ok=True)
-    shapes = ModelShapes.of(model.modules())
+    shapes = ModelShapes.of(model.components.adaptable())
     weights, plan = trained.weights, trained.plan
     header = {POOLING_HEADER_KEY: str(weights.pooling)}
     lora_header = header | _lora_header(trained, model, n_images)

@@ -114,9 +114,7 @@ def train(
     model = load(spec, Edition.MINIATURE, torch.device(device), method)
     examples = concept.examples()
     with tempfile.TemporaryDirectory() as folder:
-        trained = loop.fit(
-            examples, class_images, config, model, Path(folder), lambda event: None, None
-        )
+        trained = loop.fit(examples, class_images, config, model, Path(folder), lambda event: None)
     return trained.weights
 
 

@@ -47,7 +47,11 @@ class Model:
 
     spec, prediction_type = MINIATURE_SDXL, "v_prediction"
 
-    def modules(self):
+    @property
+    def components(self):
+        return self
+
+    def adaptable(self):
         return model_parts()
 
 
