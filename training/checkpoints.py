@@ -25,7 +25,7 @@ from training.dataset import Latents
 from training.errors import DiskFull, WrongCheckpoint
 from training.optimizers import Group
 from training.progress import History
-from weights.unpack import disk_full_is
+from weights.messages import disk_full_raises
 
 _NAME = re.compile(r"step-(\d{6})")
 # Settings that may change between two parts of one training.
@@ -71,7 +71,7 @@ def save(
     aside, final = folder / ".partial", folder / f"step-{step:06d}"
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        with disk_full_is(lambda: _disk_full(folder, step)):
+        with disk_full_raises(lambda: _disk_full(folder, step)):
             aside.mkdir(parents=True)
             with (aside / "state.pt").open("wb") as file:
                 torch.save(tensors, file)

@@ -18,7 +18,7 @@ from training.dataset import Batch
 from training.model import TrainableModel, compiled, training_mode
 from training.optimizers import Group
 from training.textual_inversion import NewWord, Reader, known, text_pass
-from weights.trained_types import TEXT_ENCODERS, UNET, Pooling, TokenVectors, TrainedWeights
+from weights.formats.types import TEXT_ENCODERS, UNET, Pooling, TokenVectors, TrainedWeights
 from weights.trigger_words import replace_trigger_words
 
 LORA_DECAY, UNET_DECAY = 1e-4, 1e-2  # AdamW's weight decay

@@ -18,7 +18,7 @@ from training.errors import MissingCompiler
 from weights import cache
 from weights.catalog import Edition
 from weights.edition import NO_COMPILER, has_compiler
-from weights.trained_types import TEXT_ENCODERS, UNET
+from weights.formats.types import TEXT_ENCODERS, UNET
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel

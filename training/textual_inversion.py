@@ -15,7 +15,7 @@ from training.cuda_graphs import Pass
 from training.dataset import generator
 from training.errors import InvalidTraining
 from training.model import TrainableModel
-from weights.trained_types import TEXT_ENCODERS
+from weights.formats.types import TEXT_ENCODERS
 from weights.trigger_words import replace_trigger_words
 
 VECTORS = 5  # a kind of draws, beside training.dataset's

@@ -153,7 +153,7 @@ def _random_sdxl() -> TrainableModel:
     from script.tools import random_sdxl
     from training import base_models
     from training.model import TrainableModel
-    from weights.trained_types import TEXT_ENCODERS
+    from weights.formats.types import TEXT_ENCODERS
 
     device, dtype = torch.device("cuda"), torch.bfloat16
     parts = random_sdxl.build_parts(device, dtype)

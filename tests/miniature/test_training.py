@@ -42,7 +42,7 @@ from training.progress import (
     WordFrozen,
 )
 from weights.catalog import Edition
-from weights.trained import Pooling
+from weights.formats.types import Pooling
 
 CPU = torch.device("cpu")
 QUICK = TrainConfig(
