@@ -13,7 +13,7 @@ from generation.rules import one_of, within
 from generation.schedulers import SCHEDULERS, ScheduleType
 from preprocess.annotators import AnnotatorSettings
 from preprocess.images import MAX_IMAGE_PIXELS
-from weights.references import Source, Tokens, parse_source, shown
+from weights.user.parse import Source, Tokens, parse_source, shown
 
 SIDE_MULTIPLE = 8  # pixels per latent
 MAX_NUM_OUTPUTS = FEW_STEPS_OUTPUTS  # of any model

@@ -24,7 +24,7 @@ from training.errors import DiskFull, WrongCheckpoint
 from training.optimizers import ParameterGroup
 from training.plan import TrainPlan
 from training.progress import History
-from weights.unpack import disk_full_is
+from weights.messages import disk_full_raises
 
 _NAME = re.compile(r"step-(\d{6})")
 # Settings that may differ when a training is resumed; archives count by their examples.
@@ -69,7 +69,7 @@ def save(folder: Path, step: int, state: TrainingState, history: History) -> Pat
     partial, final = folder / ".partial", folder / f"step-{step:06d}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        with disk_full_is(lambda: _disk_full(folder, step)):
+        with disk_full_raises(lambda: _disk_full(folder, step)):
             partial.mkdir(parents=True)
             with (partial / "state.pt").open("wb") as file:
                 torch.save({"parameters": parameters, "optimizers": optimizers}, file)

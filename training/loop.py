@@ -38,7 +38,7 @@ from training.progress import (
     TokensFrozen,
 )
 from training.trainables import Trainables, attach_trainables
-from weights.trained_types import TrainedWeights
+from weights.formats.types import TrainedWeights
 from weights.trigger_words import replace_trigger_words
 
 HELD_OUT_NOISES = 8  # for each held-out example, over all noise levels

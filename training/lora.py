@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from training.plan import TrainPlan
-from weights.trained_types import LoraDelta
+from weights.formats.types import LoraDelta
 
 # Attention, as cog-sdxl trains it, so that its format has room for all of it.
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")

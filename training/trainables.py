@@ -20,7 +20,7 @@ from training.model import TrainableModel, compile_unet, training_mode
 from training.optimizers import ParameterGroup
 from training.plan import TrainPlan
 from training.tokens import CaptionEncoder, PlaceholderTokens, install_tokens, text_forward
-from weights.trained_types import Pooling, TokenVectors, TrainedWeights
+from weights.formats.types import Pooling, TokenVectors, TrainedWeights
 from weights.trigger_words import replace_trigger_words
 
 LORA_DECAY, UNET_DECAY = 1e-4, 1e-2  # AdamW's weight decay

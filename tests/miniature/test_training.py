@@ -51,7 +51,7 @@ from training.progress import (
 )
 from training.trainables import attach_trainables
 from weights.catalog import Edition
-from weights.trained import Pooling
+from weights.formats.types import Pooling
 
 CPU = torch.device("cpu")
 QUICK = TrainConfig(

@@ -22,8 +22,9 @@ from training import export, loop
 from training.config import TRAINABLE_MODELS, LoraFormat, Method
 from training.model import TrainableModel, load
 from weights.catalog import Edition
+from weights.formats.read import read_trained
+from weights.formats.types import ModelShapes
 from weights.miniature.evaluate import FOLDER, load_pipeline
-from weights.trained import ModelShapes, read_trained
 from weights.trigger_words import replace_trigger_words
 
 PROMPT = "a red TOK on a blue background"

@@ -18,7 +18,7 @@ from generation.parameters import MAX_PROMPT_CHARACTERS, describe
 from generation.request import Margins, OutputFormat, resolve
 from generation.schedulers import SCHEDULERS
 from tests.requests import REQUEST
-from weights.trained_types import Pooling, TrainedWeights
+from weights.formats.types import Pooling, TrainedWeights
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (37, 53, 3)).astype(np.uint8)

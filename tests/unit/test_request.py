@@ -31,7 +31,7 @@ from preprocess.images import MAX_IMAGE_PIXELS
 from tests.requests import REQUEST as ANY_REQUEST
 from weights.catalog import Edition
 from weights.errors import InvalidSource
-from weights.references import HubRepository, WebFile
+from weights.user.parse import HubRepository, WebFile
 
 REQUEST = replace(ANY_REQUEST, seed=7)
 IMAGE, MASK = Path("image.png"), Path("mask.png")  # never opened
