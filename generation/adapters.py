@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from generation import merging
-from weights.trained import Pooling, TokenVectors, TrainedWeights
-from weights.trained_types import TEXT_ENCODERS, UNET
+from weights.formats.types import TEXT_ENCODERS, UNET, Pooling, TokenVectors, TrainedWeights
 
 _TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 

@@ -13,11 +13,11 @@ from torch import nn
 from generation.adapters import Adapter, AdapterSlot, with_own_tokens
 from generation.errors import InvalidRequest
 from generation.plan import WeightsUse
-from weights import sources
-from weights.references import OPERATOR, Source, Tokens
-from weights.trained import ModelShapes, TrainedWeights, read_trained
-from weights.trained_types import TEXT_ENCODERS, UNET
+from weights.formats.read import read_trained
+from weights.formats.types import TEXT_ENCODERS, UNET, ModelShapes, TrainedWeights
 from weights.trigger_words import replace_trigger_words
+from weights.user import fetch as sources
+from weights.user.parse import OPERATOR, Source, Tokens
 
 MEMORY_BYTES = 2_000_000_000  # of weights kept in memory: some ten LoRAs of rank 32 for SDXL
 

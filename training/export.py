@@ -13,10 +13,10 @@ from training.errors import DiskFull
 from training.loop import Trained
 from training.model import TrainableModel
 from training.plan import TrainPlan
-from weights import trained_export
-from weights.trained import POOLING_HEADER_KEY
-from weights.trained_types import ModelShapes
-from weights.unpack import disk_full_is
+from weights.formats import write as trained_export
+from weights.formats.read import POOLING_HEADER_KEY
+from weights.formats.types import ModelShapes
+from weights.messages import disk_full_raises
 
 ARCHIVE = "trained_model.tar"  # replicate/cog-sdxl's name
 EXCHANGE = "exchange.zip"
@@ -43,7 +43,7 @@ def write(
 
     `report` is an HTML page that travels in the archive. Raises DiskFull; nothing is left then.
     """
-    with disk_full_is(lambda: _disk_full(folder)):
+    with disk_full_raises(lambda: _disk_full(folder)):
         return _write(trained, model, n_images, folder, report)
 
 
@@ -55,7 +55,7 @@ def bundle(files: ExportedFiles, folder: Path) -> Path | None:
     if not files.exchange:
         return None
     path = folder / EXCHANGE
-    with disk_full_is(lambda: _disk_full(folder)), zipfile.ZipFile(path, "w") as zipped:
+    with disk_full_raises(lambda: _disk_full(folder)), zipfile.ZipFile(path, "w") as zipped:
         for file in files.exchange:
             zipped.write(file, file.name)
     return path
@@ -76,7 +76,7 @@ def _write(
     report: str | None,
 ) -> ExportedFiles:
     folder.mkdir(parents=True, exist_ok=True)
-    shapes = ModelShapes.of(model.modules())
+    shapes = ModelShapes.of(model.components.adaptable())
     weights, plan = trained.weights, trained.plan
     header = {POOLING_HEADER_KEY: str(weights.pooling)}
     lora_header = header | _lora_header(trained, model, n_images)

@@ -90,7 +90,7 @@ def resolve(config: TrainConfig, spec: TrainableSpec, n_examples: int) -> TrainP
         "is_lora": method is Method.LORA,
         "max_train_steps": steps,
         "lr_warmup_steps": _warmup(config, recipe, steps),
-        "lora_alpha": settled.lora_alpha or settled.lora_rank,
+        "lora_alpha": float(settled.lora_alpha or settled.lora_rank or 0),
         "pivot_step": _pivot_step(config, method, steps),
         "held_out": held_out,
         "validation_steps": max(1, steps // VALIDATIONS) if held_out else None,

@@ -10,7 +10,6 @@ from preprocess.prepare import PreparedPhoto, PrepareSettings, prepare, prepare_
 from training import export, loop, model, optimizers
 from training.config import TRAINABLE_MODELS, Method, TrainConfig
 from training.dataset import Example
-from training.previews import paint
 from training.progress import Event, Previews, Started
 from training.report import render_report
 from weights.catalog import Edition
@@ -53,7 +52,6 @@ def run(
         base,
         Path(os.environ.get("TRAINING_CHECKPOINTS") or folder),
         on_event,
-        paint if config.preview_prompts else None,
     )
     report = render_report(trained.plan, examples, trained.history, previews)
     files = export.write(trained, base, len(examples), folder, report)

@@ -103,7 +103,7 @@ def train_ours(turns: Turns, cpu: bool, size: int, steps: int, compiled: bool = 
         verbose=False,
     )
     with TemporaryDirectory() as folder:
-        loop.fit(examples, (), config, trainable, Path(folder), listen, None)
+        loop.fit(examples, (), config, trainable, Path(folder), listen)
 
 
 def train_peer(turns: Turns, cpu: bool, size: int, steps: int) -> None:
@@ -114,7 +114,7 @@ def train_peer(turns: Turns, cpu: bool, size: int, steps: int) -> None:
 
     torch.manual_seed(0)
     trainable, examples = subject(cpu, size)
-    latents = encode(trainable.vae, examples, False)
+    latents = encode(trainable.components.vae, examples, False)
     peer = PeerTraining(trainable, latents, BATCH, RANK, steps)
     peer.run(lambda step, loss: turns.tell(loss))
 
@@ -151,25 +151,24 @@ def _random_sdxl() -> TrainableModel:
     import torch
     from diffusers import DDPMScheduler
 
+    from models.components import TOKENIZERS, ModelComponents
     from script.tools import random_sdxl
     from training.config import TRAINABLE_MODELS
     from training.model import TrainableModel
     from weights.catalog import Edition
-    from weights.trained_types import TEXT_ENCODERS
 
     device, dtype = torch.device("cuda"), torch.bfloat16
     parts = random_sdxl.build_parts(device, dtype)
     return TrainableModel(
         spec=TRAINABLE_MODELS[Edition.FULL],
-        unet=parts["unet"],
-        vae=parts["vae"].float(),
-        text_encoders={part: parts[part] for part in TEXT_ENCODERS},
-        tokenizers={
-            "text_encoder": parts["tokenizer"],
-            "text_encoder_2": parts["tokenizer_2"],
-        },
-        noising=DDPMScheduler.from_config(random_sdxl.SCHEDULER_CONFIG),
-        scheduler_config=random_sdxl.SCHEDULER_CONFIG,
+        components=ModelComponents(
+            unet=parts["unet"],
+            vae=parts["vae"].float(),
+            text_encoders={name: parts[name] for name in TOKENIZERS},
+            tokenizers={name: parts[tokenizer] for name, tokenizer in TOKENIZERS.items()},
+            scheduler_config=random_sdxl.SCHEDULER_CONFIG,
+        ),
+        noise_scheduler=DDPMScheduler.from_config(random_sdxl.SCHEDULER_CONFIG),
         device=device,
         unet_dtype=dtype,
     )

@@ -7,7 +7,7 @@ from peft.tuners.lora import Linear
 from tests.unit.test_training_config import plan as resolved
 from training import lora, lora_layers
 from training.config import LoraFormat
-from training.lora_layers import LeanLinear
+from training.lora_layers import MergedLinear
 
 PLAN = resolved(lora_rank=3, lora_alpha=4.0)
 TARGETS = ("to_q", "to_out")
@@ -39,7 +39,7 @@ def passes(x, plan=PLAN, dtype=torch.float32, autocast=False):
             output = module(x)
         output.float().square().sum().backward()
         found = {n: p.grad.clone() for n, p in lora.parameters(module).items()}
-        with lora.switched_off(module):
+        with lora.disabled(module):
             off = module(x)
     assert torch.equal(off, module(x))
     return kinds, output.detach(), found
@@ -62,7 +62,7 @@ def test_fp32_is_pefts_to_rounding(peft_passes, shape):
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(3))
     kinds, output, gradients = passes(x)
     theirs, wanted, wanted_gradients = peft_passes(x)
-    assert (kinds, theirs) == ({LeanLinear}, {Linear})
+    assert (kinds, theirs) == ({MergedLinear}, {Linear})
     torch.testing.assert_close(output, wanted)
     assert gradients.keys() == wanted_gradients.keys()
     for name, gradient in gradients.items():

@@ -19,7 +19,7 @@ from tests.miniature.stock import lora_file
 from weights import cache, edition
 from weights.catalog import Edition
 from weights.errors import WrongSetting
-from weights.trained import ModelShapes
+from weights.formats.types import ModelShapes
 
 MODELS = BASE_MODELS[Edition.MINIATURE]
 CPU = torch.device("cpu")

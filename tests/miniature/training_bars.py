@@ -23,9 +23,9 @@ from training.config import TRAINABLE_MODELS, Method, Prior, TrainConfig
 from training.dataset import Example
 from training.model import load
 from weights.catalog import Edition
+from weights.formats.types import TrainedWeights
 from weights.miniature import evaluate, world
 from weights.miniature.captions import held_out_captions
-from weights.trained import TrainedWeights
 from weights.trigger_words import replace_trigger_words
 
 PROMPTS, PROMPT_SEED, NOISE_SEED = 16, 77, 100
@@ -114,9 +114,7 @@ def train(
     model = load(spec, Edition.MINIATURE, torch.device(device), method)
     examples = concept.examples()
     with tempfile.TemporaryDirectory() as folder:
-        trained = loop.fit(
-            examples, class_images, config, model, Path(folder), lambda event: None, None
-        )
+        trained = loop.fit(examples, class_images, config, model, Path(folder), lambda event: None)
     return trained.weights
 
 

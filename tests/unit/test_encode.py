@@ -20,7 +20,7 @@ from generation.resolve import resolve
 from generation.schedulers import SCHEDULERS
 from generation.sizes import Margins
 from tests.requests import REQUEST
-from weights.trained_types import Pooling, TrainedWeights
+from weights.formats.types import Pooling, TrainedWeights
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (37, 53, 3)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Every rule about a training, and what an empty setting means; without torch."""
+"""Every rule about a training, and what an empty setting means."""
 
 import subprocess
 import sys
@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from training.config import (
     TRAINABLE_MODELS,
@@ -17,7 +18,7 @@ from training.config import (
     TrainConfig,
 )
 from training.errors import InvalidTraining
-from training.optimizers import rate_factor
+from training.optimizers import build_lr_scheduler
 from training.plan import TrainPlan, resolve
 from weights.catalog import Edition
 
@@ -204,8 +205,16 @@ def test_the_lora_s_scale(settings, scaling):
     ],
 )
 def test_learning_rates(schedule, step, factor):
+    """Step by step, and resumed at that step."""
     made = plan(max_train_steps=24, lr_warmup_steps=4, lr_scheduler=schedule)
-    assert rate_factor(made, step) == pytest.approx(factor)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    stepwise = build_lr_scheduler(made, 0.1, optimizer, 0)
+    for _ in range(step):
+        optimizer.step()
+        stepwise.step()
+    assert stepwise.get_last_lr() == pytest.approx([0.1 * factor])
+    resumed = build_lr_scheduler(made, 0.1, torch.optim.SGD([torch.zeros(1)], lr=1.0), step)
+    assert resumed.get_last_lr() == stepwise.get_last_lr()
 
 
 def test_the_rules_need_no_torch():

@@ -17,7 +17,7 @@ from tests.unit.test_training_archive import BAD as BAD_ARCHIVES
 from tests.unit.test_training_captions import BAD as BAD_CAPTIONS
 from tests.unit.test_training_captions import NAMES
 from training import model as base_model
-from weights import unpack
+from weights.formats import archive
 
 GOOD = zip_bytes(photos("a.jpg", "b.jpg") | {"a.txt": b"a TOK", "b.txt": b"a red TOK"})
 UNCAPTIONED = zip_bytes(photos("a.jpg", "b.jpg"))
@@ -138,7 +138,7 @@ def test_a_full_disk(refused, monkeypatch):
         path.write_bytes(b"a part")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(unpack.OpenMember, "save", save)
+    monkeypatch.setattr(archive.Member, "save", save)
     said = refused(GOOD, {})
     assert "input_images does not fit into" in said
     assert "the disk is full; free some room" in said

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.unit.test_training_config import MINIATURE_SDXL, plan
 from training.dataset import Example
-from training.progress import HeldOutLoss, History, Previews, StepDone, WordFrozen
+from training.progress import HeldOutLoss, History, Previews, StepDone, TokensFrozen
 from training.report import render_report
 
 PLAN = plan(8, MINIATURE_SDXL, seed=3, preview_prompts=("a <b>TOK</b>",))
@@ -25,8 +25,8 @@ EXAMPLE = Example(
 def history() -> History:
     course = History()
     for step in range(1, 41):
-        course.record(StepDone(step, 1 / step, None, {"lora": 1e-3}, 0.1, 1.0))
-    course.record(WordFrozen(20))
+        course.record(StepDone(step, 1 / step, None, {"lora": 1e-3}, 0.1))
+    course.record(TokensFrozen(20))
     course.record(HeldOutLoss(40, 0.5))
     return course
 

@@ -27,8 +27,8 @@ from types import TracebackType
 from filelock import FileLock
 
 from weights import cache
-from weights.errors import DownloadError, NotEnoughDisk, WrongSetting
-from weights.remote import Facts
+from weights.errors import DiskFull, DownloadError, WrongSetting
+from weights.http import Facts
 from weights.transfer import PARTIAL_FOLDER
 
 DEFAULT_BUDGET_BYTES = 20_000_000_000
@@ -148,9 +148,9 @@ def keep(part: Path, file_name: str) -> CachedFile:
 
 
 def check_fits(size_bytes: int, what: str) -> None:
-    """Raise NotEnoughDisk for a file that is larger than the whole budget."""
+    """Raise DiskFull for a file that is larger than the whole budget."""
     if size_bytes > budget_bytes():
-        raise NotEnoughDisk(
+        raise DiskFull(
             f"{what} has {size_bytes} bytes, more than the cache may have ({budget_bytes()}): set"
             " WEIGHTS_CACHE_BYTES higher"
         )

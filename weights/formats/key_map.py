@@ -1,20 +1,20 @@
-"""Which module of the model a LoRA's tensor is for, in every spelling that trainers use.
+"""Map the names of LoRA tensors, as every trainer writes them, to the model's modules.
 
-A table of all spellings of all modules, made from the model itself. The other way, rewriting names
-by rules, must guess where "_" stood for "." (so do diffusers' converters), and a wrong guess shows
-late or never.
+The map is built from the model itself (as ComfyUI's `model_lora_keys_unet`). The other way,
+rewriting names by rules, must guess where "_" stood for "." (so do diffusers' converters), and a
+wrong guess shows late or never.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from weights.trained_types import TEXT_ENCODERS, UNET
+from weights.formats.types import UNET
 
 
 class Role(Enum):
-    """What a tensor is to its module."""
+    """The part that a tensor has in its module's adapter."""
 
     DOWN = auto()
     UP = auto()
@@ -25,8 +25,8 @@ class Role(Enum):
 
 
 @dataclass(frozen=True)
-class Spelling:
-    """A module's name as a file writes it."""
+class KeyMatch:
+    """The module that a name in a file means."""
 
     module: str  # "<part>.<module path>"
     style: str  # for people
@@ -51,35 +51,29 @@ _ROLE_PATTERNS = tuple((re.compile(rf"(.+){pattern}"), role) for pattern, role i
 
 
 def split_key(key: str) -> tuple[str, Role] | None:
-    """`…attn1.to_q.lora_A.weight` → (`…attn1.to_q`, Role.DOWN); None if it is no LoRA's tensor."""
+    """Split `…to_q.lora_A.weight` into (`…to_q`, Role.DOWN); None for any other tensor's name."""
     for pattern, role in _ROLE_PATTERNS:
         if match := pattern.fullmatch(key):
             return match[1], role
     return None
 
 
-def spell_modules(modules: Mapping[str, tuple[int, ...]]) -> dict[str, Spelling]:
-    """Every spelling → the module. `modules`: "<part>.<path>", as in ModelShapes.modules()."""
-    spellings: dict[str, Spelling] = {}
-
-    def add(spelling: str, module: str, style: str) -> None:
-        known = spellings.setdefault(spelling, Spelling(module, style))
-        assert known.module == module, f"{spelling} is both {known.module} and {module}"
-
+def build_key_map(modules: Iterable[str]) -> dict[str, KeyMatch]:
+    """Return every name of every module → the module. `modules`: "<part>.<path>"."""
+    key_map: dict[str, KeyMatch] = {}
+    modules = list(modules)
     layers = layers_per_block(modules)
     for module in modules:
         part, path = module.split(".", 1)
-        if part == UNET:
-            sgm = to_sgm(path, layers)
-            for spelling, style in _spell_unet(path, sgm):
-                add(spelling, module, style)
-        elif part in TEXT_ENCODERS:
-            for spelling, style in _spell_text(part, path):
-                add(spelling, module, style)
-    return spellings
+        names = _unet_names(path, layers) if part == UNET else _text_encoder_names(part, path)
+        for name, style in names:
+            known = key_map.setdefault(name, KeyMatch(module, style))
+            assert known.module == module, f"{name} is both {known.module} and {module}"
+    return key_map
 
 
-def _spell_unet(path: str, sgm: str) -> list[tuple[str, str]]:
+def _unet_names(path: str, layers: int) -> list[tuple[str, str]]:
+    sgm = to_sgm(path, layers)
     old = path.replace(".to_out.0", ".to_out")  # with _lora cut off its end
     found = []
     if re.search(r"\.attn[12]\.to_", path):
@@ -103,7 +97,7 @@ def _spell_unet(path: str, sgm: str) -> list[tuple[str, str]]:
 _OLD_TEXT_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
 
-def _spell_text(part: str, path: str) -> list[tuple[str, str]]:
+def _text_encoder_names(part: str, path: str) -> list[tuple[str, str]]:
     # transformers 5 has dropped the level "text_model" from CLIPTextModel, and kept it in
     # CLIPTextModelWithProjection; files have it for both, except at the projection.
     bare, full = path.removeprefix("text_model."), _full_text_path(path)
@@ -128,7 +122,7 @@ def _full_text_path(path: str) -> str:
 
 
 def layers_per_block(names: Iterable[str]) -> int:
-    """How many resnets a down block has; an up block has one more. `names`: "<part>.<path>"."""
+    """Return how many resnets a down block has; an up block has one more. `names`: any modules."""
     found = {
         int(match[1])
         for name in names
@@ -160,7 +154,7 @@ _BLOCK = re.compile(
 
 
 def to_sgm(path: str, layers_per_block: int) -> str:
-    """A UNet module's name in Stability's code (generative-models, openaimodel.py).
+    """Return a UNet module's name in Stability's code (generative-models, openaimodel.py).
 
     The map is kohya's (sd-scripts, library/sdxl_model_util.py, make_unet_conversion_map).
     """
@@ -187,7 +181,7 @@ def to_sgm(path: str, layers_per_block: int) -> str:
 
 
 def to_kohya(module: str, layers_per_block: int) -> str:
-    """A module's name in kohya's files, with Stability's names in the UNet. "<part>.<path>"."""
+    """Return a module's name in kohya's files, with Stability's names in the UNet."""
     part, path = module.split(".", 1)
     if part == UNET:
         return "lora_unet_" + to_sgm(path, layers_per_block).replace(".", "_")
@@ -196,6 +190,6 @@ def to_kohya(module: str, layers_per_block: int) -> str:
 
 
 def to_cog_sdxl(module: str) -> str:
-    """An attention matrix of the UNet in cog-sdxl's files, up to ".down.weight"."""
+    """Return the name of a UNet's attention matrix in cog-sdxl's files, up to ".down.weight"."""
     path = module.removeprefix("unet.").replace(".to_out.0", ".to_out")
     return re.sub(r"\.(attn[12])\.", r".\1.processor.", path) + "_lora"

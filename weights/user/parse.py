@@ -18,8 +18,8 @@ from urllib.parse import unquote
 
 import httpx
 
-from weights.addresses import REMEDY, broken_rule
 from weights.errors import InvalidSource
+from weights.user.ssrf_guard import REMEDY, broken_rule
 
 OPERATOR = "COG_WEIGHTS"
 MAX_INLINE_BYTES = 300_000_000  # decoded

@@ -1,6 +1,6 @@
-"""The only writer of trained weights: the formats that weights.trained reads, and others too.
+"""Write trained weights in the formats that `weights.formats.read` reads, and for other programs.
 
-The same weights give the same bytes: no times, no order of chance.
+The same weights give the same bytes: no times, no random order.
 """
 
 import hashlib
@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from weights.lora_names import layers_per_block, to_cog_sdxl, to_kohya
-from weights.trained_types import TEXT_ENCODERS, UNET, LoraDelta, ModelShapes, TrainedWeights
+from weights.formats.key_map import layers_per_block, to_cog_sdxl, to_kohya
+from weights.formats.types import TEXT_ENCODERS, UNET, LoraDelta, ModelShapes, TrainedWeights
 
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -24,7 +24,7 @@ _CLIP_EMBEDDINGS = dict(zip(TEXT_ENCODERS, ("clip_l", "clip_g"), strict=True))
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file. safetensors' own writer puts metadata in an order of chance."""
+    """Write a safetensors file. safetensors' own writer puts metadata in a random order."""
     header, ordered = _header(tensors, metadata)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
@@ -54,7 +54,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def hashes(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
-    """The two hashes that kohya's files carry of themselves.
+    """Return the two hashes that kohya's files carry of themselves.
 
     kohya-ss/sd-scripts, library/train_util.py, precalculate_safetensors_hashes: of the tensors, and
     of 64 KiB at 1 MiB of the file, whose header there has the ss_ entries alone.
@@ -70,10 +70,10 @@ def hashes(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> dict[str,
 
 
 def cog_sdxl_lora(weights: TrainedWeights, shapes: ModelShapes) -> dict[str, Tensor]:
-    """The LoRA as cog-sdxl has it: every attention matrix of the UNet, one rank, alpha within `up`.
+    """Return the LoRA in cog-sdxl's format: all attention matrices, one rank, alpha within `up`.
 
-    Its loader demands all of them; the up matrix of one that was not trained is zero. The weights
-    may have nothing else in them.
+    Its loader demands all of the UNet; the up matrix of one that was not trained is zero. The
+    weights may have nothing else in them.
     """
     rank = max((delta.rank for delta in weights.lora.values()), default=1)
     modules = [
@@ -96,7 +96,7 @@ def cog_sdxl_lora(weights: TrainedWeights, shapes: ModelShapes) -> dict[str, Ten
 
 
 def kohya_lora(weights: TrainedWeights, shapes: ModelShapes) -> dict[str, Tensor]:
-    """The LoRA under kohya's names (sgm's blocks), which diffusers, ComfyUI and A1111 read too."""
+    """Return the LoRA under kohya's names, which diffusers, ComfyUI and A1111 read too."""
     layers = layers_per_block(shapes.modules())
     tensors: dict[str, Tensor] = {}
     for module, delta in weights.lora.items():
@@ -115,12 +115,12 @@ def _kohya_module(delta: LoraDelta) -> dict[str, Tensor]:
 
 
 def cog_sdxl_embeddings(weights: TrainedWeights) -> dict[str, Tensor]:
-    """The new words' vectors as cog-sdxl names them: `<s0>`, `<s1>` … in order."""
+    """Return the embeddings under cog-sdxl's names: `<s0>`, `<s1>` … in order."""
     return _embeddings(weights, _COG_EMBEDDINGS)
 
 
 def clip_embeddings(weights: TrainedWeights) -> dict[str, Tensor]:
-    """The same as kohya, ComfyUI and A1111 name them."""
+    """Return the embeddings under the names of kohya, ComfyUI and A1111."""
     return _embeddings(weights, _CLIP_EMBEDDINGS)
 
 
@@ -132,19 +132,19 @@ def _embeddings(weights: TrainedWeights, names: Mapping[str, str]) -> dict[str, 
 
 
 def replaced_unet(weights: TrainedWeights) -> dict[str, Tensor]:
-    """The UNet's parameters in fp16, under diffusers' names."""
+    """Return the UNet's parameters in fp16, under diffusers' names."""
     return {
         name.removeprefix(f"{UNET}."): tensor.half() for name, tensor in weights.parameters.items()
     }
 
 
 def special_params(weights: TrainedWeights) -> bytes:
-    """cog-sdxl's special_params.json: word → placeholder tokens."""
+    """Return cog-sdxl's special_params.json: trigger word → placeholder tokens."""
     return json.dumps(dict(weights.trigger_words), sort_keys=True).encode()
 
 
 def write_tar(path: Path, members: Mapping[str, Path | bytes]) -> None:
-    """An uncompressed tar with the members at its root."""
+    """Write an uncompressed tar with the members at its root."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for name, content in members.items():
             info = tarfile.TarInfo(name)  # its time is 0

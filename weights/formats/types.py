@@ -1,4 +1,4 @@
-"""What trained weights are once they are read: plain tensors under the model's own names."""
+"""Trained weights in memory: plain tensors under the model's parameter names."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class LoraDelta:
 
     @property
     def rank(self) -> int:
-        """The number of rows of `down` and of columns of `up`."""
+        """Return the number of rows of `down` and of columns of `up`."""
         return int(self.down.shape[0])
 
 
@@ -70,12 +70,12 @@ class TrainedWeights:
     pooling: Pooling
     description: str  # for logs: "kohya LoRA (sgm names), rank 16, 722 modules"
     digest: str = field(default="", compare=False)  # sha256 of the file that it was read from
-    # Tells what was read from what was read at another time, where nothing may be kept alive for it
+    # Identifies this reading where no reference to it may be kept
     serial: int = field(default_factory=itertools.count().__next__, compare=False, repr=False)
 
     @property
     def n_bytes(self) -> int:
-        """What the tensors take in memory."""
+        """Return how many bytes the tensors take in memory."""
         tensors = list(self.parameters.values())
         for delta in self.lora.values():
             tensors += [delta.down, delta.up]
@@ -97,7 +97,7 @@ class ModelShapes:
 
     @classmethod
     def of(cls, parts: Mapping[str, nn.Module]) -> ModelShapes:
-        """The shapes of modules by part name; nothing is copied."""
+        """Return the shapes of modules by part name; nothing is copied."""
         return cls(
             {
                 f"{part}.{name}": tuple(parameter.shape)
@@ -107,9 +107,9 @@ class ModelShapes:
         )
 
     def modules(self) -> Mapping[str, tuple[int, ...]]:
-        """Linear and convolution modules, what a LoRA can change: "<part>.<path>" → weight's shape.
+        """Return the modules that a LoRA can change, linear layers and convolutions.
 
-        An embedding is a matrix too, but not a matrix product.
+        "<part>.<path>" → the weight's shape. An embedding is a matrix, but not a matrix product.
         """
         return {
             name.removesuffix(".weight"): shape
@@ -118,7 +118,7 @@ class ModelShapes:
         }
 
     def text_width(self, encoder: str) -> int | None:
-        """The width of an encoder's token embedding; None where the model has no such encoder."""
+        """Return the width of an encoder's token embedding; None if the model lacks it."""
         for name, shape in self.parameters.items():
             if name.startswith(f"{encoder}.") and name.endswith(".token_embedding.weight"):
                 return shape[1]

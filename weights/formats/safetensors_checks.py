@@ -1,4 +1,4 @@
-"""Reading a safetensors file that a stranger made: the header is checked before anything else.
+"""Read an untrusted safetensors file: the header is checked before anything else.
 
 The format: 8 bytes little-endian N, N bytes of JSON, the tensors' bytes
 (https://github.com/huggingface/safetensors#format). Nothing else is ever deserialised.
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from weights.errors import BadWeights
-from weights.recognise import quote
+from weights.messages import quote
 
 # The format allows 100 MB. A LoRA's header has about 0.3 MB and training logs of a few MB in its
 # metadata; parsed JSON takes up to twenty times its size.
@@ -31,42 +31,35 @@ _BITS = {
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 _FLOATS = ("F16", "BF16", "F32", "F64")
-_INTEGERS = (
-    "U8",
-    "I8",
-    "U16",
-    "I16",
-    "I32",
-    "I64",
-)  # for single numbers: some trainers write alpha so
+_INTEGERS = ("U8", "I8", "U16", "I16", "I32", "I64")  # single numbers: some trainers' alpha
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What the header says of a tensor."""
+    """A tensor by its entry in the header."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class SafeFile:
-    """A safetensors file whose header was found correct; no tensor has been read."""
+class SafetensorsFile:
+    """A safetensors file with a valid header; no tensor has been read."""
 
     path: Path
-    subject: str  # what messages call it: the input's name, and the member's of an archive
+    subject: str  # for messages: the input's name, and the member's of an archive
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors' shapes by name."""
+        """Return the tensors' shapes by name."""
         return {key: info.shape for key, info in self.tensors.items()}
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """These tensors, on the CPU, in the file's dtype, independent of the file.
+        """Return these tensors, on the CPU, in the file's dtype, independent of the file.
 
-        Raises BadWeights for a dtype that does not count, and for NaN or infinity.
+        Raises BadWeights for other dtypes than floating point, and for NaN or infinity.
         """
         keys = list(keys)
         for key in keys:
@@ -99,7 +92,7 @@ class SafeFile:
         return tensor
 
 
-def open_safe(path: Path, subject: str) -> SafeFile:
+def open_safetensors(path: Path, subject: str) -> SafetensorsFile:
     """Check the header of a safetensors file. Raises BadWeights."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -125,7 +118,7 @@ def open_safe(path: Path, subject: str) -> SafeFile:
         raise BadWeights(
             f"{subject} is no valid safetensors file: {detail}. {_MALFORMED}."
         ) from error
-    return SafeFile(path, subject, tensors, metadata)
+    return SafetensorsFile(path, subject, tensors, metadata)
 
 
 def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:

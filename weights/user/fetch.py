@@ -18,10 +18,15 @@ from pathlib import Path
 
 import httpx
 
-from weights import addresses, download, hub, offers, remote, retry, trained_cache, transfer
+from weights import download, hub, retry, transfer
+from weights import http as remote
 from weights.errors import AccessDenied, DownloadError, NotOnServer, Offline, TransferFailed
-from weights.offers import Offer, RemoteSource
-from weights.references import (
+from weights.http import RemoteFile
+from weights.user import cache as trained_cache
+from weights.user import resolve as offers
+from weights.user import ssrf_guard as addresses
+from weights.user.cache import CachedFile
+from weights.user.parse import (
     HubRepository,
     InlineFile,
     LocalFile,
@@ -31,8 +36,7 @@ from weights.references import (
     parse_operator_source,
     parse_source,
 )
-from weights.remote import RemoteFile
-from weights.trained_cache import CachedFile
+from weights.user.resolve import Offer, RemoteSource
 
 __all__ = ["CachedFile", "Source", "Tokens", "fetch", "parse_operator_source", "parse_source"]
 

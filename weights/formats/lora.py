@@ -1,4 +1,4 @@
-"""Low-rank adapters in a safetensors file, whoever wrote it, as deltas of the model's modules."""
+"""Read LoRAs of every trainer from a safetensors file as deltas of the model's modules."""
 
 import json
 import math
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from weights.errors import BadWeights
-from weights.lora_names import Role, Spelling, spell_modules, split_key
-from weights.recognise import guess_family, quote
-from weights.safe_file import SafeFile
-from weights.trained_types import TEXT_ENCODERS, UNET, LoraDelta, ModelShapes
+from weights.formats.detect import ANOTHER_MODEL, guess_family
+from weights.formats.key_map import Role, build_key_map, split_key
+from weights.formats.safetensors_checks import SafetensorsFile
+from weights.formats.types import TEXT_ENCODERS, UNET, LoraDelta, ModelShapes
+from weights.messages import quote
 
 PEFT_HEADER_KEY = "lora_adapter_metadata"  # diffusers.loaders.lora_base
 _GET_AGAIN = "The file is incomplete or was merged badly: export it again"
@@ -29,7 +30,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class _PeftConfig:
-    """What PEFT's LoraConfig says of scaling; files under other names carry their alpha."""
+    """The scaling of PEFT's LoraConfig; files of other trainers carry their alpha."""
 
     alpha: float | None = None
     patterns: Mapping[str, float] | None = None  # end of a module's path → its own alpha
@@ -37,17 +38,17 @@ class _PeftConfig:
 
 
 def is_lora_key(key: str) -> bool:
-    """Whether a tensor's name is one that a LoRA has."""
+    """Return whether a tensor's name is one that a LoRA has."""
     return split_key(key) is not None
 
 
 def read_lora(
-    file: SafeFile, keys: Iterable[str], shapes: ModelShapes, adapter_config: object
+    file: SafetensorsFile, keys: Iterable[str], shapes: ModelShapes, adapter_config: object
 ) -> Lora:
-    """The deltas that the tensors `keys` describe, with shapes as the model's modules need them.
+    """Return the deltas that the tensors `keys` describe, in the shapes of the model's modules.
 
-    `adapter_config`: the content of PEFT's adapter_config.json where one came along, else None.
-    Raises BadWeights for modules that the model has not, incomplete or contradictory tensors.
+    `adapter_config`: the content of PEFT's adapter_config.json, or None. Raises BadWeights for
+    modules that the model lacks, and for incomplete or contradictory tensors.
     """
     modules = shapes.modules()
     groups, styles = _group(file, keys, modules)
@@ -62,22 +63,23 @@ def read_lora(
 
 
 def _group(
-    file: SafeFile, keys: Iterable[str], modules: Mapping[str, tuple[int, ...]]
+    file: SafetensorsFile, keys: Iterable[str], modules: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, dict[Role, str]], Counter[str]]:
-    """The tensors' names by module and role, and how often each style of naming occurs."""
-    spellings = spell_modules(modules)
+    """Return the tensors' names by module and role, and how often each style of naming occurs."""
+    key_map = build_key_map(modules)
     groups: dict[str, dict[Role, str]] = {}
     styles: Counter[str] = Counter()
     unknown: dict[str, None] = {}
     for key in keys:
         split = split_key(key)
         assert split is not None  # keys were chosen by is_lora_key
-        spelling = _find(split[0], spellings)
-        if spelling is None:
+        # PEFT's own wrapper around a model that diffusers or a trainer saved as it was.
+        match = key_map.get(split[0]) or key_map.get(split[0].removeprefix("base_model.model."))
+        if match is None:
             unknown[split[0]] = None
             continue
-        styles[spelling.style] += 1
-        roles = groups.setdefault(spelling.module, {})
+        styles[match.style] += 1
+        roles = groups.setdefault(match.module, {})
         if roles.setdefault(split[1], key) != key:
             raise BadWeights(
                 f"{file.subject} has two tensors for the same matrix, {quote(roles[split[1]])} and"
@@ -86,15 +88,10 @@ def _group(
     if unknown:
         raise BadWeights(
             f"{file.subject} is a LoRA with {len(unknown)} of {len(unknown) + len(groups)} modules"
-            f" that this model has not, the first {quote(next(iter(unknown)))}"
-            f"{guess_family(file.shapes)}. Use one that was trained for this model."
+            f" that this model lacks, the first {quote(next(iter(unknown)))}"
+            f"{guess_family(file.shapes)}. {ANOTHER_MODEL}."
         )
     return groups, styles
-
-
-def _find(name: str, spellings: Mapping[str, Spelling]) -> Spelling | None:
-    # PEFT's own wrapper around a model that diffusers or a trainer saved as it was.
-    return spellings.get(name) or spellings.get(name.removeprefix("base_model.model."))
 
 
 def _delta(
@@ -132,7 +129,7 @@ def _delta(
 
 
 def _fold_middle(where: str, down: Tensor, mid: Tensor) -> Tensor:
-    """LyCORIS' (rank, in, 1, 1) and (rank, rank, kh, kw) as one (rank, in, kh, kw)."""
+    """Multiply LyCORIS' (rank, in, 1, 1) and (rank, rank, kh, kw) to one (rank, in, kh, kw)."""
     if not (
         down.ndim == mid.ndim == 4
         and mid.shape[:2] == (down.shape[0], down.shape[0])
@@ -147,7 +144,7 @@ def _fold_middle(where: str, down: Tensor, mid: Tensor) -> Tensor:
 
 
 def _as_weight(matrix: Tensor, dimensions: int) -> Tensor:
-    """A 1x1 convolution's matrix as a linear layer's, or the reverse: trainers mix them up."""
+    """Turn a 1x1 convolution's matrix into a linear layer's, or back: trainers mix them up."""
     if dimensions == 2 and matrix.ndim == 4 and matrix.shape[2:] == (1, 1):
         return matrix.flatten(1)
     if dimensions == 4 and matrix.ndim == 2:
@@ -164,7 +161,7 @@ def _scalar(where: str, alpha: Tensor) -> float:
 def _dora_scale(
     where: str, found: Mapping[Role, Tensor], weight_shape: tuple[int, ...]
 ) -> Tensor | None:
-    """The magnitude as (out, 1, …) or (1, in, …): broadcastable to the weight."""
+    """Return the magnitude as (out, 1, …) or (1, in, …), broadcastable to the weight."""
     out, in_ = weight_shape[:2]
     ones = (1,) * (len(weight_shape) - 2)
     if (magnitude := found.get(Role.MAGNITUDE)) is not None:
@@ -189,8 +186,8 @@ def _dora_scale(
     )
 
 
-def _read_configs(file: SafeFile, adapter_config: object) -> dict[str, _PeftConfig]:
-    """PEFT's configuration by part; under "" the one for all parts."""
+def _read_configs(file: SafetensorsFile, adapter_config: object) -> dict[str, _PeftConfig]:
+    """Return PEFT's configuration by part; under "" the one for all parts."""
     configs = {}
     if adapter_config is not None:
         configs[""] = _config(f"{file.subject}: adapter_config.json", adapter_config, "")

@@ -7,10 +7,11 @@ from pathlib import PurePosixPath
 
 import httpx
 
-from weights import hub, remote
+from weights import http as remote
+from weights import hub
 from weights.errors import NotOnServer, Offline
-from weights.references import SUFFIXES, CivitaiModel, HubRepository, Tokens, WebFile
-from weights.remote import Advice, Facts, RemoteFile
+from weights.http import Advice, Facts, RemoteFile
+from weights.user.parse import SUFFIXES, CivitaiModel, HubRepository, Tokens, WebFile
 
 RemoteSource = WebFile | CivitaiModel | HubRepository
 

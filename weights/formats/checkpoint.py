@@ -1,4 +1,4 @@
-"""A whole SDXL model in one safetensors file, as civitai and Stability give it.
+"""Read a whole SDXL model from one safetensors file, as civitai and Stability publish it.
 
 The names are those of Stability-AI/generative-models, whose second text encoder is OpenCLIP's. As
 with LoRAs, the table of names is made from the model itself: diffusers' converters
@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from weights.errors import BadWeights
-from weights.lora_names import layers_per_block, to_sgm
-from weights.recognise import guess_family, quote
-from weights.safe_file import SafeFile
-from weights.trained_types import TEXT_ENCODERS, UNET, ModelShapes
+from weights.formats.detect import ANOTHER_MODEL, guess_family
+from weights.formats.key_map import layers_per_block, to_sgm
+from weights.formats.safetensors_checks import SafetensorsFile
+from weights.formats.types import TEXT_ENCODERS, UNET, ModelShapes
+from weights.messages import quote
 
 _UNET_PREFIX = "model.diffusion_model."
 _ENCODERS_PREFIX = "conditioner.embedders."
@@ -39,7 +40,7 @@ _OPEN_CLIP_NAMES = (
     (".self_attn.out_proj.", ".attn.out_proj."),
     (".self_attn.q_proj.", ".attn.in_proj_"),
 )
-_PURPOSE_OF_CHANNELS = {8: "changing pictures by instructions", 9: "inpainting"}
+_PURPOSE_OF_CHANNELS = {8: "editing images by instructions", 9: "inpainting"}
 # Tensors and header entries by which ComfyUI knows (comfy/supported_models.py, SDXL.model_type).
 _OTHER_PREDICTIONS = {
     "v_pred": "v-prediction",
@@ -50,91 +51,91 @@ _PREDICTION_HEADERS = ("modelspec.prediction_type", "modelspec.predict_key")
 
 
 @dataclass(frozen=True)
-class Place:
-    """What a tensor of the file is in the model."""
+class Target:
+    """The parameters of the model that a tensor of the file holds."""
 
     parameters: tuple[str, ...]  # several: the tensor is theirs one above the other
     transposed: bool
 
     def shape(self, shapes: ModelShapes) -> tuple[int, ...]:
-        """The shape that the tensor has in a file."""
+        """Return the shape that the tensor has in a file."""
         first, *rest = shapes.parameters[self.parameters[0]]
         return (*rest, first) if self.transposed else (len(self.parameters) * first, *rest)
 
     def split(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The parameters' names and values, which are views of the tensor."""
+        """Yield the parameters' names and values, which are views of the tensor."""
         values = (tensor.T,) if self.transposed else tensor.chunk(len(self.parameters))
         return zip(self.parameters, values, strict=True)
 
 
 def is_checkpoint(keys: Iterable[str]) -> bool:
-    """Whether the tensors' names are those of a checkpoint, or of its UNet alone."""
+    """Return whether the tensors' names are those of a checkpoint, or of its UNet alone."""
     return any(key.startswith(_UNET_PREFIX) for key in keys)
 
 
-def read_checkpoint(file: SafeFile, shapes: ModelShapes) -> dict[str, Tensor]:
-    """The parameters of the UNet and, if the file has any text encoder, of both.
+def read_checkpoint(file: SafetensorsFile, shapes: ModelShapes) -> dict[str, Tensor]:
+    """Return the parameters of the UNet and, if the file has any text encoder, of both.
 
-    Raises BadWeights unless they are exactly the model's; known from the header, before a tensor is
-    read, but for values that do not count.
+    Raises BadWeights unless they are exactly the model's. The header decides, before a tensor is
+    read; only NaN and infinity are found later.
     """
-    _refuse_other_work(file, shapes)
-    places = spell_checkpoint(shapes, file.tensors)
-    _check(file, places, shapes)
-    tensors = file.read(places)
+    _refuse_other_purpose(file, shapes)
+    targets = build_checkpoint_key_map(shapes, file.tensors)
+    _check(file, targets, shapes)
+    tensors = file.read(targets)
     return {
-        name: value for key, place in places.items() for name, value in place.split(tensors[key])
+        name: value for key, target in targets.items() for name, value in target.split(tensors[key])
     }
 
 
-def spell_checkpoint(shapes: ModelShapes, keys: Iterable[str]) -> dict[str, Place]:
-    """The names that a file with `keys` has to have for this model → what they are in it."""
+def build_checkpoint_key_map(shapes: ModelShapes, keys: Iterable[str]) -> dict[str, Target]:
+    """Return the names that a file with `keys` must have for this model → their parameters."""
     keys = set(keys)
     encoders = any(key.startswith(_ENCODERS_PREFIX) for key in keys)
     layers = layers_per_block(shapes.parameters)
-    places: dict[str, Place] = {}
+    targets: dict[str, Target] = {}
     for name in shapes.parameters:
         part, path = name.split(".", 1)
         if part == UNET:
             module, _, kind = path.rpartition(".")
-            key, place = f"{_UNET_PREFIX}{to_sgm(module, layers)}.{kind}", Place((name,), False)
+            key, target = f"{_UNET_PREFIX}{to_sgm(module, layers)}.{kind}", Target((name,), False)
         elif not encoders:
             continue
         elif part == TEXT_ENCODERS[0]:
-            key, place = _CLIP_PREFIX + path.removeprefix("text_model."), Place((name,), False)
+            key, target = _CLIP_PREFIX + path.removeprefix("text_model."), Target((name,), False)
         elif ".k_proj." in path or ".v_proj." in path:  # in one tensor with q_proj
             continue
         else:
-            key, place = _spell_open_clip(name, keys)
-        assert key not in places, f"{key} is both {places[key].parameters} and {name}"
-        places[key] = place
-    return places
+            key, target = _open_clip_target(name, keys)
+        assert key not in targets, f"{key} is both {targets[key].parameters} and {name}"
+        targets[key] = target
+    return targets
 
 
-def _spell_open_clip(name: str, keys: set[str]) -> tuple[str, Place]:
+def _open_clip_target(name: str, keys: set[str]) -> tuple[str, Target]:
     path = name.split(".", 1)[1].removeprefix("text_model.")
     if path == _PROJECTION:
         # As a linear layer's, in files by diffusers' script convert_diffusers_to_original_sdxl.py.
         if (linear := _OPEN_CLIP_PREFIX + _PROJECTION) in keys:
-            return linear, Place((name,), False)
-        return linear.removesuffix(".weight"), Place((name,), True)
+            return linear, Target((name,), False)
+        return linear.removesuffix(".weight"), Target((name,), True)
     for ours, theirs in _OPEN_CLIP_NAMES:
         path = path.replace(ours, theirs)
     fused = ("q_proj", "k_proj", "v_proj") if ".q_proj." in name else ("",)
     names = tuple(name.replace("q_proj", each) for each in fused)
-    return _OPEN_CLIP_PREFIX + path, Place(names, False)
+    return _OPEN_CLIP_PREFIX + path, Target(names, False)
 
 
-def _refuse_other_work(file: SafeFile, shapes: ModelShapes) -> None:
-    """Refuse what has the model's tensors, or nearly, but has to be used otherwise."""
+def _refuse_other_purpose(file: SafetensorsFile, shapes: ModelShapes) -> None:
+    """Refuse what has the model's tensors, or nearly, but is sampled in another way."""
     ours, theirs = _FIRST_CONVOLUTION
-    own = shapes.parameters[ours][1]
+    expected = shapes.parameters[ours][1]
     info = file.tensors.get(theirs)
-    channels = info.shape[1] if info and len(info.shape) == 4 else own
-    if channels != own and channels in _PURPOSE_OF_CHANNELS:
+    channels = info.shape[1] if info and len(info.shape) == 4 else expected
+    if channels != expected and channels in _PURPOSE_OF_CHANNELS:
         raise BadWeights(
             f"{file.subject} is a checkpoint for {_PURPOSE_OF_CHANNELS[channels]}: its UNet has"
-            f" {channels} input channels, and this model {own}. Use one for text to image."
+            f" {channels} input channels, and this model {expected}. Use one for text to image."
         )
     prediction = next((what for key, what in _OTHER_PREDICTIONS.items() if key in file.tensors), "")
     if any(file.metadata.get(key, "").startswith("v") for key in _PREDICTION_HEADERS):
@@ -142,32 +143,32 @@ def _refuse_other_work(file: SafeFile, shapes: ModelShapes) -> None:
     if prediction:
         raise BadWeights(
             f"{file.subject} is a checkpoint with {prediction}, where Stable Diffusion XL predicts"
-            " noise: its pictures would be wrong. Use one with noise prediction (epsilon)."
+            " noise: its images would be wrong. Use one with noise prediction (epsilon)."
         )
 
 
-def _check(file: SafeFile, places: Mapping[str, Place], shapes: ModelShapes) -> None:
+def _check(file: SafetensorsFile, targets: Mapping[str, Target], shapes: ModelShapes) -> None:
     """Raise BadWeights unless the UNet has these tensors alone, and all are there and fit."""
     unet = [key for key in file.tensors if key.startswith(_UNET_PREFIX)]
-    unknown = [key for key in unet if key not in places]
+    unknown = [key for key in unet if key not in targets]
     if unknown:
         raise BadWeights(
             f"{file.subject} is a checkpoint with {len(unknown)} of {len(unet)} tensors of the UNet"
-            f" that this model has not, the first {quote(unknown[0])}{guess_family(file.shapes)}."
-            " Use one that was made for this model."
+            f" that this model lacks, the first {quote(unknown[0])}{guess_family(file.shapes)}."
+            f" {ANOTHER_MODEL}."
         )
-    missing = [key for key in places if key not in file.tensors]
+    missing = [key for key in targets if key not in file.tensors]
     if missing:
         raise BadWeights(
-            f"{file.subject} is a checkpoint without {len(missing)} of the {len(places)} tensors"
+            f"{file.subject} is a checkpoint without {len(missing)} of the {len(targets)} tensors"
             f" that this model needs, the first {quote(missing[0])}. It is of a smaller model, or"
             " was saved in part: use the whole checkpoint."
         )
-    bad = [key for key, place in places.items() if file.tensors[key].shape != place.shape(shapes)]
+    expected = {key: target.shape(shapes) for key, target in targets.items()}
+    bad = [key for key, shape in expected.items() if file.tensors[key].shape != shape]
     if bad:
         raise BadWeights(
             f"{file.subject} is a checkpoint that does not fit this model: {len(bad)} of"
-            f" {len(places)} tensors, the first {quote(bad[0])} with {file.tensors[bad[0]].shape}"
-            f" for {places[bad[0]].shape(shapes)}{guess_family(file.shapes)}. Use one that was made"
-            " for this model."
+            f" {len(targets)} tensors, the first {quote(bad[0])} with {file.tensors[bad[0]].shape}"
+            f" for {expected[bad[0]]}{guess_family(file.shapes)}. {ANOTHER_MODEL}."
         )

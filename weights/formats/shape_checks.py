@@ -1,10 +1,9 @@
-"""Whether trained weights have their place in a model."""
+"""Check that trained weights fit a model before anything is changed by them."""
 
 from weights.errors import BadWeights
-from weights.recognise import guess_family, quote
-from weights.trained_types import LoraDelta, ModelShapes, TrainedWeights
-
-_ANOTHER = "Use one that was trained for this model"
+from weights.formats.detect import ANOTHER_MODEL, guess_family
+from weights.formats.types import LoraDelta, ModelShapes, TrainedWeights
+from weights.messages import quote
 
 
 def check_fits(weights: TrainedWeights, shapes: ModelShapes, name: str) -> None:
@@ -19,7 +18,7 @@ def check_fits(weights: TrainedWeights, shapes: ModelShapes, name: str) -> None:
         raise BadWeights(
             f"{name} does not fit this model: {len(bad)} of {len(weights.lora)} modules, the first"
             f" {quote(bad[0])}, with down {tuple(delta.down.shape)} and up {tuple(delta.up.shape)}"
-            f" for a weight of {modules.get(bad[0], 'no such module')}{family}. {_ANOTHER}."
+            f" for a weight of {modules.get(bad[0], 'no such module')}{family}. {ANOTHER_MODEL}."
         )
     sizes = {key: tuple(tensor.shape) for key, tensor in weights.parameters.items()}
     bad = [key for key, size in sizes.items() if shapes.parameters.get(key) != size]
@@ -28,14 +27,15 @@ def check_fits(weights: TrainedWeights, shapes: ModelShapes, name: str) -> None:
         raise BadWeights(
             f"{name} is a {what} that does not fit this model: {len(bad)} of {len(sizes)}"
             f" parameters, the first {quote(bad[0])} with {sizes[bad[0]]} for"
-            f" {shapes.parameters.get(bad[0], 'nothing')}{guess_family(sizes)}. {_ANOTHER}."
+            f" {shapes.parameters.get(bad[0], 'nothing')}{guess_family(sizes)}. {ANOTHER_MODEL}."
         )
     for entry in weights.embeddings:
         for encoder, rows in entry.vectors.items():
-            if rows.shape[1] != shapes.text_width(encoder):
+            width = shapes.text_width(encoder)
+            if rows.shape[1] != width:
                 raise BadWeights(
                     f"{name} has vectors of width {rows.shape[1]} for {encoder}, which needs"
-                    f" {shapes.text_width(encoder)}. {_ANOTHER}."
+                    f" {width}. {ANOTHER_MODEL}."
                 )
 
 
