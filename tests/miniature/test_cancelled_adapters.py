@@ -4,14 +4,14 @@ import itertools
 
 import pytest
 import torch
-from generation.adapters import Adapter, AdapterSlot
 
 from generation import adapters
+from generation.adapters import Adapter, AdapterSlot
 from generation.base_models import MINIATURE_SDXL
 from generation.engine import Engine
 from tests.miniature.isolation import Cancelled, failing_in
 from weights.catalog import Edition
-from weights.trained import LoraDelta, Pooling, TokenVectors, TrainedWeights
+from weights.formats.types import LoraDelta, Pooling, TokenVectors, TrainedWeights
 
 LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 BIAS = "unet.conv_in.bias"

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import diffusers
+import generation.painter
 import numpy as np
 import pytest
 import torch

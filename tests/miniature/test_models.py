@@ -24,9 +24,9 @@ from tests.miniature.reference_pipelines import (
 )
 from weights import cache
 from weights.catalog import CATALOG, Edition
+from weights.formats.types import ModelShapes
 from weights.miniature.evaluate import FOLDER
 from weights.miniature.world import place, render
-from weights.trained import ModelShapes
 
 MODELS = BASE_MODELS[Edition.MINIATURE]
 SD = ["sd15", "sd21"]

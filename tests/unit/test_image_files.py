@@ -12,14 +12,14 @@ from PIL import Image
 
 from generation.base_models import MINIATURE_SDXL
 from generation.errors import InvalidRequest
-from generation.lora_merger import Adapter
+from generation.lora import Adapter
 from generation.metadata import MAX_PROMPT_CHARACTERS, describe
 from generation.options import GenerationRequest, OutputFormat
 from generation.outputs import encode
 from generation.resolve import resolve
 from generation.schedulers import SCHEDULERS
 from generation.sizes import Margins
-from weights.trained_types import Pooling, TrainedWeights
+from weights.formats.types import Pooling, TrainedWeights
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (37, 53, 3)).astype(np.uint8)
