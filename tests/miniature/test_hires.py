@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import diffusers
-import generation.painter
 import numpy as np
 import pytest
 import torch
