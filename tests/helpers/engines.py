@@ -6,7 +6,7 @@ from models.cache import LoadedModel
 
 def base_model(engine: Engine, name: str = "sdxl") -> LoadedModel:
     """Return a base model; it is loaded if it is not yet."""
-    model, _ = engine._load_base(engine._specs[name])
+    model, *_ = engine._load_base(engine._specs[name])
     return model
 
 

@@ -103,10 +103,10 @@ def test_steps_are_counted_in_every_mode(control, folder, monkeypatch, engine, t
     seen: list[tuple[float, float]] = []
     predict = CFGDenoiser.__call__
 
-    def watched(denoiser, sample, timestep, progress):
+    def watched(denoiser, sample, timestep, before, after):
         assert denoiser.controlnets
-        seen.append(progress)
-        return predict(denoiser, sample, timestep, progress)
+        seen.append((before, after))
+        return predict(denoiser, sample, timestep, before, after)
 
     monkeypatch.setattr(CFGDenoiser, "__call__", watched)
     settings = {"num_inference_steps": 10, "controls": (control(),)}

@@ -13,7 +13,8 @@ import generation.stages
 from generation.base_models import MINIATURE_SDXL
 from generation.engine import Engine
 from generation.errors import InvalidRequest
-from generation.schedulers import SCHEDULERS, build_scheduler
+from generation.sampling import build_scheduler
+from generation.schedulers import SCHEDULERS
 from generation.sizes import Margins
 from tests.helpers.comparison import max_difference, nearly_equal
 from tests.helpers.engines import base_model, refiner

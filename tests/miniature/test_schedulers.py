@@ -10,8 +10,8 @@ import torch
 from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
 
 from generation.errors import InvalidRequest
-from generation.sampling import initial_latents, select_timesteps
-from generation.schedulers import SCHEDULERS, ScheduleType, a1111_name, build_scheduler
+from generation.sampling import build_scheduler, initial_latents, select_timesteps
+from generation.schedulers import SCHEDULERS, ScheduleType, a1111_name
 from tests.helpers.comparison import max_difference
 from tests.miniature.reference_pipelines import DISTINCT, REFERENCE_SCHEDULERS
 from weights.miniature.evaluate import FOLDER, load_pipeline
