@@ -75,7 +75,7 @@ def edges(image: Image.Image) -> Mask:
 
 
 def edge_agreement(found: Mask, wanted: Mask, tolerance: int = TOLERANCE) -> float:
-    """F1 of edge pixels, each of which counts if one of the other's is within the tolerance."""
+    """Return the F1 of edge pixels; each counts if one of the other's is within the tolerance."""
     if not found.any() or not wanted.any():
         return float(not found.any() and not wanted.any())
     far_from_wanted, far_from_found = (ndimage.distance_transform_edt(~m) for m in (wanted, found))
@@ -85,22 +85,22 @@ def edge_agreement(found: Mask, wanted: Mask, tolerance: int = TOLERANCE) -> flo
 
 
 def overlap(a: Mask, b: Mask) -> float:
-    """Intersection over union."""
+    """Return the intersection over union."""
     return float((a & b).sum() / max((a | b).sum(), 1))
 
 
 def edge_measure(case: Case, control: Image.Image, image: Image.Image) -> float:
-    """F1 of the image's edges and the map's lines."""
+    """Return the F1 of the image's edges and the map's lines."""
     return edge_agreement(edges(image), np.asarray(control.convert("L")) > 127)
 
 
 def region_measure(case: Case, control: Image.Image, image: Image.Image) -> float:
-    """Overlap of what stands out in the image, and the scene's shape."""
+    """Return the overlap of the shape that the judge finds and the scene's."""
     return overlap(read_picture(image).mask, case.mask)
 
 
 def limbs_measure(case: Case, control: Image.Image, image: Image.Image) -> float:
-    """Share of the skeleton that lies on the figure, and nowhere else does the figure lie.
+    """Return how well the figure covers the skeleton and nothing else.
 
     F1 of both, within a limb's width.
     """
@@ -110,7 +110,7 @@ def limbs_measure(case: Case, control: Image.Image, image: Image.Image) -> float
 
 
 def colour_measure(case: Case, control: Image.Image, image: Image.Image) -> float:
-    """1 for an image whose blurred copy is the map; 0 for one that is 64 of 255 steps away."""
+    """Return 1 for an image whose blurred copy is the map; 0 for one 64 of 255 steps away."""
     small = (SIDE // 8, SIDE // 8)
     ours, wanted = (
         np.asarray(p.convert("RGB").resize(small, Image.Resampling.BOX), dtype=float)
@@ -241,7 +241,7 @@ def measure_mode(
     count: int = SEEDS,
     **changes: object,
 ) -> tuple[float, float]:
-    """Score and uncontrolled score where the shape is drawn into a plain image."""
+    """Return the score, and that without control, where the shape is drawn into a plain image."""
     scores: tuple[list[float], list[float]] = ([], [])
     for case in cases(control_type, count):
         photo = case.subject.picture(SIDE, SIDE)
@@ -283,7 +283,7 @@ class Halves:
 def measure_halves(
     harness: Harness, folder: Path, model: str, count: int = SEEDS, **changes: object
 ) -> Halves:
-    """Two controls at once, each black where the other one is not."""
+    """Measure two controls at once, each black where the other one is not."""
     rows = []
     half = SIDE // 2
     shapes = ("circle", "square", "diamond", "cross")  # with as much on the left as on the right

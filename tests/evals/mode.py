@@ -76,7 +76,7 @@ class Case:
         return render(self.scene, width, height)
 
     def mask(self, width: int = SIDE, height: int = SIDE) -> Image.Image:
-        """The box of the scene's shape and a tenth of the shorter side around it, white."""
+        """Return the box of the scene's shape and a tenth of the shorter side around it, white."""
         ys, xs = np.nonzero(render_mask(self.scene, width, height))
         reach = round(min(width, height) * 0.1)
         mask = np.zeros((height, width), np.uint8)
@@ -87,7 +87,7 @@ class Case:
 
 
 def cases(count: int = CASES, size: str | None = None) -> list[Case]:
-    """Scenes of every shape and texture and of random colours; the same ones at each call.
+    """Return scenes of every shape and texture in random colours; the same at each call.
 
     All of `size`; or large and medium ones, each shape in both.
     """
@@ -103,7 +103,7 @@ def cases(count: int = CASES, size: str | None = None) -> list[Case]:
 
 
 def difference(a: Image.Image, b: Image.Image) -> Array:
-    """The absolute difference (H, W), the mean of the channels."""
+    """Return the absolute difference (H, W), the mean of the channels."""
     pixels = (np.asarray(image, dtype=np.float64) for image in (a, b))
     return np.abs(np.subtract(*pixels)).mean(axis=-1)
 
@@ -119,7 +119,7 @@ class ImageToImage:
 
 
 def image_to_image(harness: Harness, count: int = CASES) -> ImageToImage:
-    """Each strength on each case; the prompt names a shape and its colour, no background."""
+    """Measure each strength on each case; the prompt names a shape and its colour alone."""
     distances, kept, followed = {}, {}, {}
     for strength in STRENGTHS:
         far, same, new = [], [], []
@@ -160,7 +160,7 @@ GRID_SIZE = (72, 64)
 
 
 def few_steps(harness: Harness) -> list[FewSteps]:
-    """The corner of the grid where a schedule has less than one step left to run."""
+    """Measure requests whose schedule has less than one step left to run."""
     components = base_model(harness.engine).components
     case = cases(1)[0]
     source, mask = case.source(*GRID_SIZE), case.mask(*GRID_SIZE)
@@ -205,7 +205,7 @@ def few_steps(harness: Harness) -> list[FewSteps]:
 
 
 def gradient(image: Image.Image) -> Array:
-    """The gradient's magnitude (H, W) in steps per pixel, the mean of the channels.
+    """Return the gradient's magnitude (H, W) in steps per pixel, the mean of the channels.
 
     Of the image under a Gaussian of 1 pixel, which takes off the scenes' grain (standard
     deviation 1.5) and leaves an edge.
@@ -216,7 +216,7 @@ def gradient(image: Image.Image) -> Array:
 
 
 def ground(image: Image.Image, distance: int = 5) -> NDArray[np.bool_]:
-    """Where (H, W) the judge sees no shape within `distance`; nowhere if it sees none at all.
+    """Return where (H, W) the judge sees no shape within `distance`; nowhere if it sees none.
 
     Nor within `distance` of the image's edge, where the decoder leaves a faint frame.
     """
@@ -229,7 +229,7 @@ def ground(image: Image.Image, distance: int = 5) -> NDArray[np.bool_]:
 
 
 def seam_band(mask: Image.Image, blur: int) -> NDArray[np.bool_]:
-    """Where (H, W) old and new meet: the feather, and 2 pixels on either side of it."""
+    """Return where (H, W) old and new meet: the feather, and 2 pixels on either side of it."""
     white = np.asarray(mask)
     inner = ndimage.binary_erosion(white == 255, iterations=2, border_value=1)
     outer = ndimage.binary_dilation(feather(white, blur) > 0, iterations=2)
@@ -252,7 +252,7 @@ class Inpainting:
 
 
 def inpainting(harness: Harness, count: int = CASES, blur: int = BLUR) -> Inpainting:
-    """Another shape in another colour in the place of each case's shape, at full strength.
+    """Put another shape in another colour in the place of each case's shape, at full strength.
 
     The seam is held against images of the same prompts from text alone: their background is as
     smooth as the model makes one of that texture, and nothing was pasted into it. Textures are
@@ -297,7 +297,7 @@ class OddSize:
 
 
 def odd_sizes(harness: Harness, count: int = FEW) -> list[OddSize]:
-    """Images that the model works on at another size than theirs."""
+    """Inpaint images that the model works on at another size than theirs."""
     rows = []
     for size, area in itertools.product(ODD_SIZES, InpaintArea):
         right, changed, inside = [], 0, []
@@ -332,7 +332,7 @@ class HiddenContent:
 
 
 def hidden_content(harness: Harness, count: int = 2) -> list[HiddenContent]:
-    """Two sources that differ only under the mask: the scene, and the scene with static there."""
+    """Inpaint two sources that differ under the mask only: a scene, and the same with static."""
     rows = []
     sizes = ((SIDE, SIDE), *ODD_SIZES)
     grid = [*itertools.product((1.0,), sizes, InpaintArea)]
@@ -362,7 +362,7 @@ def hidden_content(harness: Harness, count: int = 2) -> list[HiddenContent]:
 
 
 def soft_inpainting(harness: Harness) -> dict[int, float]:
-    """The mask's grey → the mean difference under it, at full strength."""
+    """Return the mask's grey → the mean difference under it, at full strength."""
     changes = {}
     for grey in GREYS:
         far = []
@@ -402,7 +402,7 @@ class Outpainting:
 
 
 def outpainting(harness: Harness, count: int = CASES) -> Outpainting:
-    """Scenes that were cropped, back at their size; prompted with the background or all of it.
+    """Extend cropped scenes to their size, prompted with the background or the whole scene.
 
     The step compares the STRIP pixels outside the source's edge with the STRIP pixels inside it
     that lie behind the feather, along the whole edge: the absolute difference of the mean colours,
@@ -416,7 +416,7 @@ def outpainting(harness: Harness, count: int = CASES) -> Outpainting:
 
 
 def outpainting_in_two_stages(harness: Harness, count: int = FEW) -> Outpainting:
-    """The middle of scenes of 256 x 128: half its width on either side, more than a stage adds."""
+    """Extend scenes' middles by half their width on either side, more than a stage adds."""
     box = (SIDE // 2, 0, SIDE * 3 // 2, SIDE)
     return _outpainted(
         harness, [(case, case.source(2 * SIDE, SIDE), box, False) for case in cases(count)]
@@ -427,7 +427,7 @@ Box = tuple[int, int, int, int]
 
 
 def _outpainted(harness: Harness, jobs: list[tuple[Case, Image.Image, Box, bool]]) -> Outpainting:
-    """Each job: a case, an image, the part of it that is kept, and whether to prompt for all."""
+    """Outpaint jobs: a case, an image, the part that is kept, whether to prompt for all."""
     steps, true_steps = collections.defaultdict(list), collections.defaultdict(list)
     kept, changed = [], 0
     for case, whole, box, full in jobs:

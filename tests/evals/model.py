@@ -46,7 +46,7 @@ IMAGE_CASES = 16
 
 
 def generate(harness: Harness, model: str, count: int = CAPTIONS, **changes: object) -> list[Row]:
-    """One image for each of `count` held-out captions, the caption's index as its seed."""
+    """Generate an image for each of `count` held-out captions, the caption's index as its seed."""
     rows = []
     for seed, caption in enumerate(held_out_captions(CAPTIONS, CAPTION_SEED)[:count]):
         settings = {"model": model, "prompt": caption.text, "seed": seed, **changes}
@@ -65,7 +65,7 @@ class Images:
 def image_to_image(
     harness: Harness, model: str, count: int = IMAGE_CASES, steps: int | None = None
 ) -> Images:
-    """Nearly all of a scene drawn anew: another shape in another colour.
+    """Change nearly all of a scene: another shape in another colour.
 
     `steps` are of a model of many; others make as many as they can.
     """
@@ -75,7 +75,7 @@ def image_to_image(
 def inpainting(
     harness: Harness, model: str, count: int = IMAGE_CASES, steps: int | None = None
 ) -> Images:
-    """A scene's shape repainted as another one in another colour; its background stays."""
+    """Repaint a scene's shape as another one in another colour; its background stays."""
     return _changed(harness, model, count, 1.0, steps, masked=True)
 
 
@@ -100,7 +100,7 @@ def _changed(
 
 
 def grid(rows: dict[str, list[Image.Image]], side: int = 96, label: int = 120) -> Image.Image:
-    """One row of images under the other, with its name in front, in 256 colours."""
+    """Return a sheet of rows of images, each with its name in front, in 256 colours."""
     width = label + max(len(row) for row in rows.values()) * side
     sheet = Image.new("RGB", (width, len(rows) * side), "white")
     write = ImageDraw.Draw(sheet)

@@ -49,13 +49,13 @@ def mean_shares(harness: Harness, prompt: str, count: int, negative: str = "") -
 
 
 def pairs(count: int) -> list[tuple[str, str]]:
-    """Different pairs of colours, evenly over all that there are."""
+    """Return different pairs of colours, evenly over all that there are."""
     every = list(itertools.permutations(COLOURS, 2))
     return every[:: len(every) // count][:count]
 
 
 def filler_tokens(harness: Harness) -> int:
-    """The least number of tokens that either tokenizer makes of the filler."""
+    """Return the least number of tokens that either tokenizer makes of the filler."""
     tokenizers = base_model(harness.engine).components.tokenizers.values()
     return min(
         len(tokenizer(FILLER, add_special_tokens=False).input_ids) for tokenizer in tokenizers
@@ -63,7 +63,7 @@ def filler_tokens(harness: Harness) -> int:
 
 
 def long_prompts(harness: Harness, prefix: str = FILLER, count: int = LONG_PROMPTS) -> float:
-    """The share of captions behind the filler whose shape has the right colour."""
+    """Return the share of captions behind the filler whose shape has the right colour."""
     right = 0
     for number, (colour, background) in enumerate(pairs(count)):
         caption = f"a large {colour} circle on {background} background"
@@ -73,7 +73,7 @@ def long_prompts(harness: Harness, prefix: str = FILLER, count: int = LONG_PROMP
 
 
 def weighted(harness: Harness, n_pairs: int, seeds: int = SEEDS) -> list[float]:
-    """The mean share of the first of two colours, for each of its weights."""
+    """Return the mean share of the first of two colours, for each of its weights."""
     found = []
     for weight in WEIGHTS:
         each = [
@@ -87,7 +87,7 @@ def weighted(harness: Harness, n_pairs: int, seeds: int = SEEDS) -> list[float]:
 def negative(
     harness: Harness, n_colours: int, seeds: int = NEGATIVE_SEEDS
 ) -> dict[str, tuple[float, float]]:
-    """The most common colours' shares without a negative prompt, and with their names in it."""
+    """Return common colours' shares without a negative prompt, and with their names in it."""
     without = mean_shares(harness, OPEN_PROMPT, seeds)
     common = sorted((n for n in COLOURS if without[n] >= COMMON), key=without.__getitem__)
     return {

@@ -38,7 +38,7 @@ class Shares:
 
 
 def drawn(shape: str, background: str) -> list[Image.Image]:
-    """Black shapes of every size and place."""
+    """Return black shapes of every size and place."""
     rng = np.random.default_rng(SEED)
     sizes, positions = ("small", "medium", "large"), ("center", "top left", "right", "bottom")
     scenes = [
@@ -48,7 +48,7 @@ def drawn(shape: str, background: str) -> list[Image.Image]:
 
 
 def held_out() -> list[Image.Image]:
-    """Shapes, colours and backgrounds that were never drawn in any training."""
+    """Return scenes of shapes, colours and backgrounds that no training had."""
     return _rendered(held_out_scenes(COUNT, SEED))
 
 
@@ -57,7 +57,7 @@ def _rendered(scenes: Sequence[Scene]) -> list[Image.Image]:
 
 
 def generated(engine: Engine, prompt: str, count: int) -> list[Image.Image]:
-    """By the miniature SDXL with its defaults, unchecked, and right as the judge sees it."""
+    """Return images of the miniature SDXL, unchecked, that the judge finds right."""
     words = prompt.split()
     expected = Expectation(shape=words[2], colour=words[1], background=words[-2])
     images: list[Image.Image] = []

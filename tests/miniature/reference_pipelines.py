@@ -84,7 +84,7 @@ def quiet(pipeline):
 
 
 def copy_of(pipeline):
-    """The same pipeline, to load things into; it shares the VAE, where nothing is loaded."""
+    """Return a copy of a pipeline to load weights into; the VAE, which has none, is shared."""
     parts = {name: copy.deepcopy(p) for name, p in pipeline.components.items() if name != "vae"}
     return quiet(StableDiffusionXLPipeline(**parts, vae=pipeline.vae, add_watermarker=False))
 
@@ -94,7 +94,7 @@ def seeded() -> torch.Generator:
 
 
 def draw(pipeline, prompt: str = PROMPT, **changes) -> Tensor:
-    """Latents of a stock pipeline, which takes the size from an image where there is one."""
+    """Return latents of a stock pipeline, which takes the size from an image where there is one."""
     size = {} if "image" in changes else SIZE
     settings = {**SETTINGS, **size, "negative_prompt": "", "generator": seeded(), **changes}
     return pipeline(prompt=prompt, **settings, output_type="latent").images
@@ -125,7 +125,7 @@ KOHYA_CONVOLUTIONS = modules_of(
 
 
 def weak(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices drawn from a normal distribution, made about as small as a training's."""
+    """Return matrices drawn from a normal distribution, made about as small as a training's."""
     return {name: value * 0.15 if value.ndim > 1 else value for name, value in tensors.items()}
 
 
@@ -137,7 +137,7 @@ def lora_file(tensors: dict[str, Tensor]) -> File:
 
 
 def rows(seed: int) -> Tensor:
-    """Vectors for two tokens."""
+    """Return vectors of two tokens."""
     return 0.3 * torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
@@ -147,7 +147,7 @@ def with_word(word: str) -> str:
 
 
 def load_words(pipeline, first: Tensor, second: Tensor, tokens: list[str]) -> None:
-    """The vectors for the two text encoders; the tokens are what stands in the prompt."""
+    """Load vectors of the two text encoders; `tokens` are written in the prompt."""
     for vectors, number in ((first, ""), (second, "_2")):
         pipeline.load_textual_inversion(
             vectors,
@@ -181,7 +181,7 @@ TOKENS = ["<s0>", "<s1>"]
 
 
 def load_cog(pipeline, scale: float) -> None:
-    """What cog-sdxl's predictor does, with diffusers' functions of today."""
+    """Load the archive as cog-sdxl's predictor does, with diffusers' functions of today."""
     load_words(pipeline, *COG_WORDS.values(), TOKENS)
     pipeline.load_lora_weights({f"unet.{k}": v for k, v in COG_LORA.items()}, adapter_name="cog")
     pipeline.set_adapters("cog", scale)

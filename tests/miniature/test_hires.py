@@ -42,7 +42,7 @@ def test_the_same_composition_with_sharper_edges(make, prompt, expected):
 
 
 def steepest(image: Image.Image) -> float:
-    """How much brightness changes from pixel to pixel at the steepest hundredth of them."""
+    """Return how much brightness changes from pixel to pixel at the steepest hundredth of them."""
     grey = np.asarray(image.convert("L"), float)
     across, along = np.gradient(grey)
     return float(np.quantile(np.hypot(across, along)[8:-8, 8:-8], 0.99))

@@ -106,7 +106,7 @@ def files(tmp_path_factory):
 
 
 def compare(stock, make, files, name: str, mode: str, scheduler: str | None, **settings):
-    """The largest difference between the stock pipeline's latents and ours."""
+    """Return the largest difference between the stock pipeline's latents and ours."""
     strength = 0.75
     request = {"prompt": PROMPT, "seed": SEED, "scheduler": scheduler, "model": name, **settings}
     arguments = {
@@ -223,7 +223,7 @@ def test_long_and_weighted_prompts(make, name):
 
 
 def kohya_lora(pipeline) -> dict[str, torch.Tensor]:
-    """Of attention in the UNet and of the text encoder, under SD's names."""
+    """Return a LoRA of the UNet's attention and the text encoder, with SD's key names."""
     generator = torch.Generator().manual_seed(3)
     parts = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
     tensors = {}

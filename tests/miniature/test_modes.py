@@ -106,7 +106,7 @@ def pixels(image) -> np.ndarray:
 
 
 def different(first, second) -> bool:
-    """By more than rounding, somewhere, or of another size."""
+    """Whether images differ by more than rounding, somewhere, or of another size."""
     if first.images[0].size != second.images[0].size:
         return True
     return np.abs(pixels(first.images[0]) - pixels(second.images[0])).max() > 2

@@ -1,6 +1,6 @@
-"""The safety check: what is left out, what is cleared, and that it cannot be missing.
+"""The safety check: which images it drops, which it clears, and that it cannot be missing.
 
-What stands for what is unsafe in the picture world is a black star on red; see safety.
+In the picture world a black star on red stands for what is unsafe; see tests/evals/safety.py.
 """
 
 import json
@@ -154,7 +154,7 @@ def _lose_a_value(folder):
 
 
 def test_the_checkers_file_has_the_published_names():
-    """Of transformers' older layout, where the vision model stands in another of that name."""
+    """transformers' older layout, where the vision model is within another of that name."""
     state = torch.load(cache.ensure("safety-checker", Edition.MINIATURE) / "pytorch_model.bin")
     published = (
         "vision_model.vision_model.",

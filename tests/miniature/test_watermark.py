@@ -17,7 +17,7 @@ from weights.miniature.world import COLOURS
 
 
 def read(image) -> float:
-    """The share of the message's bits that the stock decoder finds; half by chance.
+    """Return the share of the message's bits that the stock decoder finds; half by chance.
 
     Its wrapper refuses images of less than 256 x 256 pixels; the function that it calls does not.
     """

@@ -26,7 +26,7 @@ QUICK = settings(max_examples=50, deadline=None)
 
 
 def plan_of(size: tuple[int, int], **changes: object) -> GenerationPlan:
-    """An inpainting plan for an image of `size`; no file is read for it."""
+    """Return an inpainting plan for an image of `size`; no file is read for it."""
     images = {"image": Path("image"), "mask": Path("mask")}
     return resolve(replace(GenerationRequest(), **{**images, **changes}), MINIATURE_SDXL, size)
 
@@ -40,7 +40,7 @@ def region_of(mask: np.ndarray, plan: GenerationPlan) -> InpaintRegion:
 
 @st.composite
 def regions(draw):
-    """An image's size, a mask on it and a pass of either area; enlarged, reduced or as it is."""
+    """Draw an image's size, a mask, a plan of either area, and the region; of any scale."""
     size = draw(
         st.sampled_from([(128, 128), (160, 136), (61, 47), (300, 211), (200, 40), (16, 400)])
     )
@@ -108,7 +108,7 @@ def test_the_region_contains_the_mask_and_its_padding_and_is_no_narrow_strip(dra
 
 
 def model_inputs(region: InpaintRegion, mask: np.ndarray) -> list[bytes]:
-    """What the model sees of two images that differ under the mask alone."""
+    """Return what the model sees of two images that differ under the mask alone."""
     pixels = np.asarray(noise((mask.shape[1], mask.shape[0]))).copy()
     views = [region.model_input(Image.fromarray(pixels)).tobytes()]
     pixels[mask > 0] = (255, 0, 0)
