@@ -23,7 +23,7 @@ from PIL import Image
 from scipy import ndimage
 
 from generation.controlnets import ControlRequest
-from tests.evals.mode import SIDE, Harness, open_harness
+from tests.evals.cases import SIDE, Harness, open_harness
 from tests.evals.model import grid
 from weights.miniature.controls import MAPS, STRAIGHT, Subject, random_pose
 from weights.miniature.world import (

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from generation.base_models import BASE_MODELS, BaseModelSpec, GuidanceMode
+from tests.evals.cases import SIDE, cases
 from tests.evals.harness import Harness, open_harness
-from tests.evals.mode import SIDE, cases
 from weights.catalog import Edition
 from weights.miniature.captions import held_out_captions
 from weights.miniature.evaluate import (

@@ -8,17 +8,10 @@ import pytest
 from PIL import Image
 
 from generation.blending import feather
-from tests.evals import mode as mode_eval
+from tests.evals import inpainting, mode, outpainting
+from tests.evals.cases import BLUR, CASES, FEW, cases
 from tests.evals.harness import Harness
-from tests.evals.mode import (
-    BLUR,
-    CASES,
-    FEW,
-    SEAM_RATIO,
-    cases,
-    gradient,
-    seam_band,
-)
+from tests.evals.inpainting import SEAM_RATIO, gradient, seam_band
 from tests.miniature.reference_pipelines import DISTINCT
 
 
@@ -29,7 +22,7 @@ from tests.miniature.reference_pipelines import DISTINCT
     ]
 )
 def divisor(request) -> int:
-    """Of the number of the report's cases, each of which takes about as much less time."""
+    """Return by what to divide the report's number of cases, which divides the time too."""
     return request.param
 
 
@@ -44,23 +37,23 @@ def _grows(values):
 
 
 def test_image_to_image_goes_from_the_source_to_the_prompt(harness, divisor):
-    seen = mode_eval.image_to_image(harness, CASES // divisor)
+    seen = mode.image_to_image(harness, CASES // divisor)
     assert _grows(seen.distances.values())
-    assert seen.background_kept[0.45] >= mode_eval.BACKGROUND_KEPT
-    assert seen.followed[0.95] >= mode_eval.PROMPT_FOLLOWED
+    assert seen.background_kept[0.45] >= mode.BACKGROUND_KEPT
+    assert seen.followed[0.95] >= mode.PROMPT_FOLLOWED
 
 
 def test_few_steps_at_low_strength_never_fail(harness):
-    grid = mode_eval.few_steps(harness)
+    grid = mode.few_steps(harness)
     assert Counter(g.scheduler for g in grid).keys() == set(DISTINCT)
     assert [g for g in grid if g.forward_passes < 1 or not g.finite] == []
-    assert {g.size for g in grid} == {mode_eval.GRID_SIZE}
+    assert {g.size for g in grid} == {mode.GRID_SIZE}
 
 
 def test_inpainting_shows_the_prompt_and_no_seam(harness, divisor):
-    seen = mode_eval.inpainting(harness, CASES // divisor)
+    seen = inpainting.inpainting(harness, CASES // divisor)
     assert seen.changed_outside == 0
-    assert seen.repainted >= mode_eval.REPAINTED
+    assert seen.repainted >= inpainting.REPAINTED
     assert seen.mean_seam_ratio() <= SEAM_RATIO
     assert seen.seam_ratio("plain") <= SEAM_RATIO
 
@@ -76,30 +69,30 @@ def test_a_seam_would_be_seen():
 
 
 def test_inpainting_at_odd_sizes_changes_the_mask_only(harness, divisor):
-    for seen in mode_eval.odd_sizes(harness, FEW // divisor):
+    for seen in inpainting.odd_sizes(harness, FEW // divisor):
         assert seen.changed_outside == 0, seen
         assert seen.changed_inside > 20, seen
 
 
 def test_masked_content_matters_only_below_full_strength(harness, divisor):
-    rows = mode_eval.hidden_content(harness, 2 // divisor)
+    rows = inpainting.hidden_content(harness, 2 // divisor)
     assert [row for row in rows if row.strength == 1 and row.different] == []
     assert [row for row in rows if row.strength < 1 and not row.different] == []
 
 
 def test_lighter_masks_change_more(harness):
-    change = mode_eval.soft_inpainting(harness)
+    change = inpainting.soft_inpainting(harness)
     assert _grows([change[64], change[128], change[255]])
     assert change[192] > change[128]  # three quarters of the steps are as good as all of them
 
 
 @pytest.mark.parametrize(
     ("measure", "count"),
-    [(mode_eval.outpainting, CASES), (mode_eval.outpainting_in_two_stages, FEW)],
+    [(outpainting.outpainting, CASES), (outpainting.outpainting_in_two_stages, FEW)],
     ids=["one stage", "two stages"],
 )
 def test_outpainting_continues_the_image(harness, measure, count, divisor):
     seen = measure(harness, count // divisor)
     assert seen.changed_inside == 0
     assert seen.background_kept == 1
-    assert seen.mean_step() <= mode_eval.OUTPAINT_STEP
+    assert seen.mean_step() <= outpainting.OUTPAINT_STEP
