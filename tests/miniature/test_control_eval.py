@@ -6,6 +6,7 @@ from scipy import ndimage
 
 from tests.evals import control as control_eval
 from tests.evals.control import COLOURS_KEPT, CONTROL_TYPES, HALVES, ROWS, TWICE
+from tests.evals.control_measures import edge_agreement, overlap
 from tests.evals.harness import Harness
 
 FEWER = 3  # of the report's 16 seeds
@@ -74,17 +75,17 @@ def square(left: int) -> np.ndarray:
 
 def test_edges_agree_within_two_pixels():
     outline = square(20) & ~ndimage.binary_erosion(square(20))
-    assert control_eval.edge_agreement(outline, outline) == 1
+    assert edge_agreement(outline, outline) == 1
     for shift, low, high in ((2, 0.99, 1), (6, 0, 0.75)):
-        assert low <= control_eval.edge_agreement(np.roll(outline, shift, axis=1), outline) <= high
-    assert control_eval.edge_agreement(np.zeros_like(outline), outline) == 0
-    assert control_eval.edge_agreement(np.zeros_like(outline), np.zeros_like(outline)) == 1
+        assert low <= edge_agreement(np.roll(outline, shift, axis=1), outline) <= high
+    assert edge_agreement(np.zeros_like(outline), outline) == 0
+    assert edge_agreement(np.zeros_like(outline), np.zeros_like(outline)) == 1
 
 
 def test_overlap_is_intersection_over_union():
-    assert control_eval.overlap(square(20), square(20)) == 1
-    assert control_eval.overlap(square(0), square(40)) == 0
-    assert control_eval.overlap(square(20), square(30)) == pytest.approx(1 / 3)
+    assert overlap(square(20), square(20)) == 1
+    assert overlap(square(0), square(40)) == 0
+    assert overlap(square(20), square(30)) == pytest.approx(1 / 3)
 
 
 def test_cases_are_the_same_at_each_call_and_have_other_colours():
