@@ -7,10 +7,9 @@ import pytest
 from imwatermark import WatermarkDecoder
 from PIL import Image
 
-from generation import request
 from generation.base_models import MINIATURE_SDXL, SDXL
 from generation.errors import InvalidRequest
-from generation.resolve import resolve
+from generation.resolve import UPSCALER_FACTOR, resolve
 from generation.sizes import Margins
 from generation.watermark import BITS
 from preprocess import upscale
@@ -22,7 +21,7 @@ QUICK = {"num_inference_steps": 4, "width": 96, "height": 64}
 
 
 def test_the_factor_is_the_models():
-    assert request.UPSCALER_FACTOR == upscale.FACTOR
+    assert UPSCALER_FACTOR == upscale.FACTOR
 
 
 @pytest.mark.parametrize("factor", [2, 4])
