@@ -1,4 +1,4 @@
-"""How a repainted part meets the rest of the picture: feathers, fills and tone.
+"""Blend an inpainted part into an image: feathered masks, fills and tone.
 
 Masks are uint8 arrays (H, W), 255 = repaint.
 """

@@ -1,30 +1,36 @@
-"""One request, from beginning to end."""
+"""Generate images for one request, from inputs to files."""
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
+from PIL import Image
 
-from generation import canvas, control, noise, outputs, parameters, prompts
-from generation.adapters import Adapter, text_state
+from generation import metadata, outputs
+from generation.adapters import Adapter, replace_all_trigger_words
 from generation.base_models import BASE_MODELS, DEFAULT_BASE_MODEL, BaseModelSpec
+from generation.conditioning import PromptEncoder
+from generation.controlnet import render_control_maps
+from generation.crop import CoverFit, CropRegion
 from generation.errors import InvalidRequest, OutOfDeviceMemory
-from generation.finish import Finisher
-from generation.options import GenerationRequest
-from generation.painter import Studio
-from generation.pipelines import LoadedModel, PipelineStore
-from generation.plan import GenerationPlan, resolve_mode
-from generation.replaceable import ReplaceableWeights, replace_all_trigger_words
+from generation.input_images import read_inputs
+from generation.latents import decode_latents
+from generation.lora import AdapterManager, Tokenizers, text_encoder_cache_key
+from generation.options import GenerationRequest, Refine
+from generation.plan import GenerationPlan
+from generation.postprocess import PostProcessor
 from generation.resolve import resolve
-from generation.stages import Stages
-from preprocess.annotators import Detectors
-from preprocess.images import SourceImage, read_image, read_mask
+from generation.stages import StageSampler, prepare_stage
+from generation.timings import Timings
+from models.cache import LoadedControlNet, LoadedModel, ModelCache
+from preprocess.annotators import AnnotatorSettings, Detectors
 from weights import cache
 from weights.catalog import Edition
 from weights.edition import Device
@@ -33,196 +39,250 @@ from weights.user.parse import Source, Tokens, parse_operator_source
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What came out, and what it took."""
+    """The files of a request, and what it took."""
 
     files: tuple[Path, ...]
     plan: GenerationPlan
-    seconds: dict[str, float]  # stage → wall time
+    seconds: dict[str, float]  # wall time by part
     peak_memory: int  # bytes: of the request on a GPU, of the process so far elsewhere
 
 
+@dataclass(frozen=True)
+class RequestModels:
+    """The models that a request uses."""
+
+    base: LoadedModel
+    refiner: LoadedModel | None
+    controlnets: Mapping[str, LoadedControlNet]  # by catalog entry
+    adapters: AdapterManager
+    model_adapters: Sequence[Adapter]  # those that make the weights this model
+
+
 class Engine:
-    """Makes pictures with the models of one edition on one device. One request at a time."""
+    """Generates images with the models of one edition on one device, one request at a time."""
 
     def __init__(
         self,
         edition: Edition,
         device: Device,
-        store: PipelineStore | None = None,
+        models: ModelCache | None = None,
         *,
         model: str = DEFAULT_BASE_MODEL,
         budget: int | None = None,
         compiles: bool = False,
     ) -> None:
-        """`model` is that of requests that name none; the others see `PipelineStore`."""
+        """`model` is that of requests that name none; see `ModelCache` for the others."""
         self.device = torch.device(device)
-        # fp16 holds more of the published weights' precision than bf16 at the same speed; CPUs are
+        # fp16 keeps more of the published weights' precision than bf16 at the same speed; CPUs are
         # faster in fp32 than in either.
         self.dtype = torch.float32 if device == "cpu" else torch.float16
         self._edition = edition
-        self._models = BASE_MODELS[edition]
+        self._specs = BASE_MODELS[edition]
         self._default = model
-        self._store = store or PipelineStore(edition, self.device, self.dtype, budget, compiles)
-        # Of the models in memory.
-        self._replaceable: WeakKeyDictionary[LoadedModel, ReplaceableWeights] = WeakKeyDictionary()
+        self._models = models or ModelCache(edition, self.device, self.dtype, budget, compiles)
+        self._adapters: WeakKeyDictionary[LoadedModel, AdapterManager] = WeakKeyDictionary()
         # For the default model, and those that are made of the same weights.
-        self._operators: tuple[Source, Tokens] | None = None
-        self._texts = prompts.EmbeddingCache()
-        self._finisher = Finisher(edition, device, self.dtype)
+        self._operator_weights: tuple[Source, Tokens] | None = None
+        self._prompts = PromptEncoder()
+        self._postprocessor = PostProcessor(edition, device, self.dtype)
         self._detectors = Detectors(edition, device)
 
     @torch.inference_mode()
     def load(self, weights: str | None = None, models: Sequence[str] = ()) -> None:
-        """Load models (by default the default one) and the safety checker before any request.
+        """Load models (the default one if none is named) and the safety checker.
 
-        Also the operator's `weights` into the model: a path or anything that a request may name;
-        HF_TOKEN and CIVITAI_API_TOKEN are used for them. Raises a WeightsError.
+        Also the operator's `weights` into the default model: a path or anything that a request may
+        name; HF_TOKEN and CIVITAI_API_TOKEN are used for them. Raises a WeightsError.
         """
         source = parse_operator_source(weights) if weights else None
         if source is not None:
             hub, civitai = (os.environ.get(f"{n}_TOKEN") for n in ("HF", "CIVITAI_API"))
-            self._operators = source, Tokens(hub or None, civitai or None)
-            self._store.drop(self._spec(None))  # it may share modules, which are to be changed
+            self._operator_weights = source, Tokens(hub or None, civitai or None)
+            self._models.drop(self._spec(None).weights)  # it may share networks; it will change
         for name in models or (self._default,):
-            spec = self._spec(name)
-            self._own(spec, self._load(spec))
-        self._finisher.load_safety_checker()
-
-    def _load(self, spec: BaseModelSpec) -> ReplaceableWeights:
-        # Models share modules: what was cancelled in another one's would be taken for pristine.
-        for others in self._replaceable.values():
-            others.settle()
-        weights = self._models[self._default].weights
-        operators = self._operators if spec.weights == weights else None
-        model = self._store.load(spec, alone=operators is not None)
-        if model not in self._replaceable:
-            replaceable = ReplaceableWeights(model.parts)
-            if operators is not None:
-                replaceable.set_up(*operators)
-            self._replaceable[model] = replaceable
-        return self._replaceable[model]
-
-    def _own(self, spec: BaseModelSpec, replaceable: ReplaceableWeights) -> list[Adapter]:
-        """The LoRA that is part of the model, if there is one."""
-        if spec.adapter is None:
-            return []
-        folder = cache.ensure(spec.adapter, self._edition)
-        (file,) = folder.glob("*.safetensors")
-        return [replaceable.own(spec.adapter, file)]
-
-    def _spec(self, name: str | None) -> BaseModelSpec:
-        if name is None:
-            return self._models[self._default]
-        if name not in self._models:
-            raise InvalidRequest(
-                f"model {name!r} is not known; choose one of {', '.join(self._models)}"
-            )
-        return self._models[name]
+            self._load_base(self._spec(name))
+        self._postprocessor.load_safety_checker()
 
     @torch.inference_mode()
     def generate(self, request: GenerationRequest, folder: Path) -> GenerationResult:
-        """Make the pictures and write them into `folder`.
+        """Generate images and write them into `folder`.
 
         Raises:
             InvalidRequest: before any model is loaded or changed.
-            BadPicture: the same, for a picture that was sent.
-            WeightsError: trained weights that are named cannot be had or used; nothing is changed.
-            UnsafePictures: the safety check has left none.
+            BadImage: the same, for an input image.
+            WeightsError: trained weights cannot be downloaded or used; nothing is changed.
+            UnsafeImages: the safety checker rejected all of them.
             OutOfDeviceMemory: the models stay loaded and intact.
         """
         spec = self._spec(request.model)
-        resolve_mode(request)  # before images are read: whether they add up to something
-        image = read_image(request.image, "image") if request.image else None
-        mask = read_mask(request.mask, "mask") if request.mask else None
-        controls = _control_images(request)
-        plan = resolve(
-            request,
-            spec,
-            image.rgb.size if image else None,
-            next((picture.rgb.size for picture in controls.values()), None),
-        )
-        source = canvas.fit(image, mask, plan) if image else None
-        stages = Stages(self.device)
-        maps = control.ControlMaps(
-            plan.controlnets,
-            plan.control_maps.annotators,
-            {k: canvas.Covering(c.rgb, (plan.width, plan.height)) for k, c in controls.items()},
-            self._detectors,
-        )
-        if plan.control_maps.only:
-            return self._maps_alone(maps, plan, folder, stages)
-        print(f"Using seed: {plan.seeds[0]}", flush=True)
-        if plan.negative_prompt and not plan.do_classifier_free_guidance:
-            print("negative_prompt has no effect: guidance_scale of up to 1 runs no guidance pass")
-        guided = plan.do_classifier_free_guidance
-        if (plan.guidance_start, plan.guidance_end) != (0, 1) and not guided:
-            print("guidance_start and guidance_end have no effect: no guidance pass runs")
-        with stages.time("load"):
-            replaceable = self._load(spec)
-            own_adapters = self._own(spec, replaceable)
-            if plan.check_safety:
-                self._finisher.load_safety_checker()
-        with stages.time("weights"):
-            adapters = replaceable.read(plan.weights, plan.tokens)
-        with (
-            self._explain_out_of_memory(plan),
-            noise.drawn_in_fp32(self.device),
-            stages.around("weights", replaceable.applied(adapters, own_adapters)) as own,
-        ):
-            texts = prompts.Texts(self._texts, (spec.weights, text_state(adapters)))
-            studio = Studio(self._store, spec, own, texts, maps, self._finisher, stages)
-            pictures = studio.draw(_in_words(plan, adapters), source)
+        inputs = read_inputs(request)
+        plan = resolve(request, spec, inputs.image_size, inputs.control_size)
+        images, mask = inputs.fit(plan) if inputs.image else ([], None)
+        controls = inputs.fit_controls(plan) if inputs.controls else {}
+        timings = Timings(self.device)
+        if request.control_maps_only:
+            return self._generate_control_maps(plan, controls, folder, timings)
+        _log_request(plan)
+        with timings.measure("load"):
+            models = self._load(spec, plan)
+        with timings.measure("weights"):
+            adapters = models.adapters.read(plan.weights, plan.tokens)
+        merged = models.adapters.applied(adapters, models.model_adapters)
+        maps: dict[str, Image.Image] = {}
+        with self._explain_out_of_memory(plan), timings.wrap("weights", merged) as tokenizers:
+            sampler = self._stage_sampler(spec, plan, models, adapters, tokenizers, timings)
+            for number, stage in enumerate(plan.stages):
+                if number > 0 and not stage.margins and stage.size != images[0].size:
+                    factor = max(stage.width / images[0].width, stage.height / images[0].height)
+                    images = self._postprocessor.upscale(images, factor, request.upscaler, timings)
+                start = prepare_stage(stage, plan, spec, images, mask)
+                if plan.controlnets:
+                    maps = self._control_maps(plan, controls, start.region, timings)
+                latents = sampler.sample(stage, start, maps)
+                with timings.measure("decode"):
+                    images = start.merge(decode_latents(models.base, latents))
         with self._explain_out_of_memory(plan):
-            finished = self._finisher.finish(pictures, plan, stages)
-        with stages.time("save"):
-            told = {}
-            if plan.output.parameters is not None:
-                told = {
-                    place: parameters.describe(plan, spec, adapters, plan.seeds[place])
-                    for place in finished
-                }
-            files = outputs.save(finished, folder, plan.output, told)
-            if plan.control_maps.returned:
-                files = (*outputs.save_maps(maps.last, folder), *files)
-        return GenerationResult(files, plan, stages.seconds, stages.peak_memory())
+            processed = self._postprocessor.process(images, request, timings)
+        with timings.measure("save"):
+            texts: dict[int, str] = {}
+            if request.embed_parameters:
+                texts = {k: metadata.describe(plan, spec, adapters, k) for k in processed}
+            file_format, quality = request.output_format, request.output_quality
+            files = outputs.save(processed, folder, file_format, quality, texts)
+            if request.returns_control_maps:
+                files = (*outputs.save_maps(maps, folder), *files)
+        return GenerationResult(files, plan, timings.seconds, timings.peak_memory())
 
-    def _maps_alone(
-        self, maps: control.ControlMaps, plan: GenerationPlan, folder: Path, stages: Stages
+    def _spec(self, name: str | None) -> BaseModelSpec:
+        if name is None:
+            return self._specs[self._default]
+        if name not in self._specs:
+            raise InvalidRequest(
+                f"model {name!r} is not known; choose one of {', '.join(self._specs)}"
+            )
+        return self._specs[name]
+
+    def _load(self, spec: BaseModelSpec, plan: GenerationPlan) -> RequestModels:
+        """Load what a plan needs. Raises a WeightsError."""
+        base, adapters, model_adapters = self._load_base(spec)
+        if not plan.request.disable_safety_checker:
+            self._postprocessor.load_safety_checker()
+        needed = sorted({c.weights for c in plan.controlnets if c.has_effect})
+        keep = {spec.weights, *needed}
+        controlnets = {weights: self._models.controlnet(weights, keep) for weights in needed}
+        refiner = None
+        if plan.request.refine != Refine.NO_REFINER and spec.refiner is not None:
+            refiner = self._models.refiner(spec.refiner.weights, spec.weights, base)
+        return RequestModels(base, refiner, controlnets, adapters, model_adapters)
+
+    def _load_base(
+        self, spec: BaseModelSpec
+    ) -> tuple[LoadedModel, AdapterManager, Sequence[Adapter]]:
+        """Load a base model, with the operator's weights, and the LoRA that is a part of it."""
+        # Models share networks: what a cancelled request left in one would count as original.
+        for manager in self._adapters.values():
+            manager.recover()
+        is_default = spec.weights == self._specs[self._default].weights
+        operator_weights = self._operator_weights if is_default else None
+        model = self._models.base_model(
+            spec.weights, spec.components_from, unshared=operator_weights is not None
+        )
+        if model not in self._adapters:
+            adapters = AdapterManager(model.components)
+            if operator_weights is not None:
+                adapters.set_operator_weights(*operator_weights)
+            self._adapters[model] = adapters
+        adapters, model_adapters = self._adapters[model], []
+        if spec.adapter is not None:
+            (file,) = cache.ensure(spec.adapter, self._edition).glob("*.safetensors")
+            model_adapters.append(adapters.model_adapter(spec.adapter, file))
+        return model, adapters, model_adapters
+
+    def _stage_sampler(
+        self,
+        spec: BaseModelSpec,
+        plan: GenerationPlan,
+        models: RequestModels,
+        adapters: Sequence[Adapter],
+        tokenizers: Tokenizers,
+        timings: Timings,
+    ) -> StageSampler:
+        """Encode the prompts, and return what the stages share."""
+        prompts = [plan.request.prompt, plan.request.negative_prompt]
+        if adapters:
+            prompts = [replace_all_trigger_words(text, adapters) for text in prompts]
+        encode = functools.partial(
+            self._prompts.encode,
+            tokenizers=tokenizers,
+            prompt=prompts[0],
+            negative_prompt=prompts[1] if plan.do_classifier_free_guidance else None,
+            clip_skip=plan.request.clip_skip,
+            state=(spec.weights, text_encoder_cache_key(adapters)),
+        )
+        with timings.measure("text"):
+            return StageSampler(
+                plan=plan,
+                spec=spec,
+                base=models.base,
+                refiner=models.refiner,
+                controlnets=models.controlnets,
+                prompts=encode(models.base.components),
+                refiner_prompts=encode(models.refiner.components) if models.refiner else None,
+                generators=[torch.Generator("cpu").manual_seed(seed) for seed in plan.seeds],
+                timings=timings,
+            )
+
+    def _control_maps(
+        self,
+        plan: GenerationPlan,
+        controls: Mapping[str, CoverFit],
+        region: CropRegion,
+        timings: Timings,
+    ) -> dict[str, Image.Image]:
+        """Return the control maps of a region, by input."""
+        with timings.measure("control_maps"):
+            request = plan.request
+            settings = AnnotatorSettings(request.canny_low_threshold, request.canny_high_threshold)
+            return render_control_maps(
+                plan.controlnets, settings, controls, region, self._detectors
+            )
+
+    def _generate_control_maps(
+        self,
+        plan: GenerationPlan,
+        controls: Mapping[str, CoverFit],
+        folder: Path,
+        timings: Timings,
     ) -> GenerationResult:
-        """What the request's controls look like; no model of pictures is loaded."""
+        """Write the control maps alone; no base model is loaded."""
         size = (plan.width, plan.height)
-        with self._explain_out_of_memory(plan), stages.time("control_maps"):
-            drawn = maps.look(canvas.Frame.whole(size, size))
-        with stages.time("save"):
-            files = outputs.save_maps(drawn, folder)
-        return GenerationResult(files, plan, stages.seconds, stages.peak_memory())
+        with self._explain_out_of_memory(plan):
+            maps = self._control_maps(plan, controls, CropRegion.whole(size, size), timings)
+        with timings.measure("save"):
+            files = outputs.save_maps(maps, folder)
+        return GenerationResult(files, plan, timings.seconds, timings.peak_memory())
 
     @contextmanager
     def _explain_out_of_memory(self, plan: GenerationPlan) -> Iterator[None]:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            self._store.forget_passes()
+            self._models.clear_graphs()
             torch.cuda.empty_cache()
             raise OutOfDeviceMemory(
-                f"the device's memory does not hold {len(plan.seeds)} picture(s) of "
-                f"{plan.width}x{plan.height}; ask for fewer with num_outputs or for a smaller"
-                " width, height and hires_fix"
+                f"the device's memory does not hold {len(plan.seeds)} image(s) of "
+                f"{plan.width}x{plan.height}; use a smaller num_outputs, width, height or hires_fix"
             ) from error
 
 
-def _control_images(request: GenerationRequest) -> dict[str, SourceImage]:
-    """The pictures of the controls that there are, by the controls' inputs."""
-    return {
-        f"controlnet_{k}": read_image(asked.image, f"controlnet_{k}_image")
-        for k, asked in enumerate(request.controls, 1)
-        if asked.image is not None
-    }
-
-
-def _in_words(plan: GenerationPlan, adapters: Sequence[Adapter]) -> GenerationPlan:
-    """The plan as the text encoders read it: trigger words are tokens of their own."""
-    prompt, negative = (
-        replace_all_trigger_words(text, adapters) for text in (plan.prompt, plan.negative_prompt)
-    )
-    return replace(plan, prompt=prompt, negative_prompt=negative)
+def _log_request(plan: GenerationPlan) -> None:
+    """Log the seed, and the inputs that have no effect."""
+    print(f"Using seed: {plan.seeds[0]}", flush=True)
+    if plan.do_classifier_free_guidance:
+        return
+    if plan.request.negative_prompt:
+        print(
+            "negative_prompt has no effect: guidance_scale is at most 1, which turns guidance off"
+        )
+    if (plan.request.guidance_start, plan.request.guidance_end) != (0, 1):
+        print("guidance_start and guidance_end have no effect: guidance is off")

@@ -1,13 +1,12 @@
-"""What can go wrong while a picture is made.
+"""Errors of a generation request.
 
     GenerationError
     ├── InvalidRequest      (also a ValueError) a rule is broken; nothing was loaded or changed
-    ├── UnsafePictures      the safety check has left nothing to give out
-    └── OutOfDeviceMemory   the device has no room for a picture of this size and number
+    ├── UnsafeImages        the safety checker left no image to return
+    └── OutOfDeviceMemory   images of this size and number do not fit into memory
 
-Errors about pictures that are sent are `preprocess.errors.PreprocessError`, about model files
-`weights.errors.WeightsError`. Every message names the value, the rule
-and the remedy.
+Errors about input images are `preprocess.errors.PreprocessError`, about model files
+`weights.errors.WeightsError`. Every message names the value, the rule and the remedy.
 """
 
 
@@ -19,8 +18,8 @@ class InvalidRequest(GenerationError, ValueError):
     """A value, or a combination of values, that the request may not have."""
 
 
-class UnsafePictures(GenerationError):
-    """Every picture of the request was found unsafe; the message is replicate/cog-sdxl's own."""
+class UnsafeImages(GenerationError):
+    """The safety checker rejected every image; the message is replicate/cog-sdxl's own."""
 
 
 class OutOfDeviceMemory(GenerationError):

@@ -1,8 +1,8 @@
-"""Which pictures may not be given out.
+"""Find images that are not safe for work.
 
-CompVis' checker compares a picture with fixed concepts (arXiv:2210.04610 takes it apart) and flags
-much that is harmless. As in replicate/cog-flux, what it flags is shown to a second model, and only
-what both find unsafe counts. Both see a square of 224 pixels, the checker the middle of a picture.
+CompVis' checker compares an image with fixed concepts (arXiv:2210.04610 analyses it) and flags many
+harmless ones. As in replicate/cog-flux, a second model looks at what it flags, and an image is
+unsafe if both agree. Both see a square of 224 pixels, the checker the middle of an image.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     Model = TypeVar("Model", bound=PreTrainedModel)
 
-UNSAFE = "nsfw"  # the second model's own name for it
+UNSAFE = "nsfw"  # the second model's label
 
 
 class SafetyChecker:
@@ -41,7 +41,7 @@ class SafetyChecker:
         from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
         from transformers import CLIPImageProcessor, ViTForImageClassification, ViTImageProcessor
 
-        # It says that pictures come back black, which they do not here.
+        # It says that images come back black, which they do not here.
         logging.getLogger(StableDiffusionSafetyChecker.__module__).setLevel(logging.ERROR)
         folder = cache.ensure(SAFETY_ENTRIES[0], edition)
         self._prepare = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
@@ -51,31 +51,31 @@ class SafetyChecker:
         self._second = _load(ViTForImageClassification, folder, device, dtype)
 
     @torch.inference_mode()
-    def unsafe(self, pictures: Sequence[Image.Image]) -> list[bool]:
-        """Of each picture (mode RGB, any size) whether both models find it unsafe."""
-        flagged = self.flagged(pictures)
-        doubtful = [picture for picture, bad in zip(pictures, flagged, strict=True) if bad]
+    def unsafe(self, images: Sequence[Image.Image]) -> list[bool]:
+        """Return for each image (RGB, any size) whether both models find it unsafe."""
+        flagged = self.flagged(images)
+        doubtful = [image for image, bad in zip(images, flagged, strict=True) if bad]
         confirmed = iter(self.confirmed(doubtful))
         return [bad and next(confirmed) for bad in flagged]
 
     @torch.inference_mode()
-    def flagged(self, pictures: Sequence[Image.Image]) -> list[bool]:
-        """The checker's opinion alone."""
-        if not pictures:
+    def flagged(self, images: Sequence[Image.Image]) -> list[bool]:
+        """Return the checker's verdicts alone."""
+        if not images:
             return []
-        pixels = self._prepare(list(pictures), return_tensors="pt").pixel_values
-        blackened = [np.zeros(0)] * len(pictures)  # what it would make of the pictures is not used
+        pixels = self._prepare(list(images), return_tensors="pt").pixel_values
+        blackened = [np.zeros(0)] * len(images)  # the images it returns are not used
         _, flagged = self._checker(
             clip_input=pixels.to(self._checker.device, self._checker.dtype), images=blackened
         )
         return [bool(bad) for bad in flagged]
 
     @torch.inference_mode()
-    def confirmed(self, pictures: Sequence[Image.Image]) -> list[bool]:
-        """The second model's opinion alone."""
-        if not pictures:
+    def confirmed(self, images: Sequence[Image.Image]) -> list[bool]:
+        """Return the second model's verdicts alone."""
+        if not images:
             return []
-        pixels = self._prepare_again(list(pictures), return_tensors="pt").pixel_values
+        pixels = self._prepare_again(list(images), return_tensors="pt").pixel_values
         logits = self._second(pixels.to(self._second.device, self._second.dtype)).logits
         return [self._second.config.id2label[i] == UNSAFE for i in logits.argmax(dim=1).tolist()]
 
@@ -83,7 +83,7 @@ class SafetyChecker:
 def _load(
     model_class: type[Model], folder: Path, device: torch.device, dtype: torch.dtype
 ) -> Model:
-    """The model in the folder; one with random values in it would pass everything."""
+    """Load the model in a folder whole: one with random values would pass every image."""
     model, report = model_class.from_pretrained(
         folder, dtype=dtype, local_files_only=True, output_loading_info=True
     )

@@ -5,17 +5,9 @@ replicate/cog-sdxl's seven names come first, with its exact meanings; the others
 
 from __future__ import annotations
 
-import copy
-import functools
-import inspect
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
 
 Overrides = Mapping[str, bool | str | float]
 
@@ -29,7 +21,7 @@ class ScheduleType(StrEnum):
     SGM_UNIFORM = "sgm_uniform"  # evenly in time, from the last timestep on ("trailing")
 
 
-_OF_TYPE: dict[ScheduleType, Overrides] = {
+SCHEDULE_OVERRIDES: dict[ScheduleType, Overrides] = {
     ScheduleType.AUTOMATIC: {},
     ScheduleType.KARRAS: {"use_karras_sigmas": True},
     ScheduleType.EXPONENTIAL: {"use_exponential_sigmas": True},
@@ -39,7 +31,7 @@ _AUTOMATIC = (ScheduleType.AUTOMATIC,)
 _IN_TIME = (ScheduleType.AUTOMATIC, ScheduleType.SGM_UNIFORM)
 _IN_SIGMA = (ScheduleType.AUTOMATIC, ScheduleType.KARRAS, ScheduleType.EXPONENTIAL)
 _ANY = tuple(ScheduleType)
-_NAMES = {
+A1111_SCHEDULE_NAMES = {
     ScheduleType.AUTOMATIC: "",
     ScheduleType.KARRAS: "Karras",
     ScheduleType.EXPONENTIAL: "Exponential",
@@ -61,7 +53,6 @@ class SchedulerSpec:
     max_steps: int | None = None
 
 
-_SEEDED = "DPMSolverSDEScheduler"  # the one that draws by itself
 _SDE: Overrides = {"algorithm_type": "sde-dpmsolver++"}
 # Distilled for at most so many levels: their schedules are drawn from those.
 _DISTILLED_STEPS = 50
@@ -84,55 +75,10 @@ SCHEDULERS: dict[str, SchedulerSpec] = {
     "DPM2 a": SchedulerSpec("KDPM2AncestralDiscreteScheduler", "DPM2 a", _ANY),
     "DPM++ 2M": SchedulerSpec("DPMSolverMultistepScheduler", "DPM++ 2M", _ANY),
     "DPM++ 2M SDE": SchedulerSpec("DPMSolverMultistepScheduler", "DPM++ 2M SDE", _ANY, _SDE),
-    "DPM++ SDE": SchedulerSpec(_SEEDED, "DPM++ SDE", _ANY),
+    "DPM++ SDE": SchedulerSpec("DPMSolverSDEScheduler", "DPM++ SDE", _ANY),
     "DPM++ 2S a": SchedulerSpec("DPMSolverSinglestepScheduler", "DPM++ 2S a", _IN_SIGMA, _SDE),
     "UniPC": SchedulerSpec("UniPCMultistepScheduler", "UniPC", _ANY),
     "DEIS": SchedulerSpec("DEISMultistepScheduler", "DEIS", _ANY),
     "LCM": SchedulerSpec("LCMScheduler", "LCM", _AUTOMATIC, max_steps=_DISTILLED_STEPS),
     "TCD": SchedulerSpec("TCDScheduler", "TCD", _AUTOMATIC, max_steps=_DISTILLED_STEPS),
 }
-
-
-def a1111_name(name: str, schedule_type: ScheduleType) -> str:
-    """The sampler as A1111 writes it, with the kind of spacing."""
-    return f"{SCHEDULERS[name].a1111} {_NAMES[schedule_type]}".strip()
-
-
-def build_scheduler(
-    name: str,
-    schedule_type: ScheduleType,
-    pristine_config: Mapping[str, object],
-    seeds: Sequence[int] = (),
-) -> SchedulerMixin:
-    """A new scheduler of the registry from the config that the model came with.
-
-    Never from another scheduler's config: its overrides would stay for the rest of the process
-    (after one KarrasDPM request every later scheduler would run on Karras sigmas). `seeds` are the
-    pictures', for a scheduler that draws by itself.
-    """
-    config = json.dumps(dict(pristine_config), sort_keys=True)
-    scheduler = copy.deepcopy(_unused_scheduler(name, schedule_type, config))
-    if SCHEDULERS[name].class_name == _SEEDED:
-        scheduler.noise_sampler_seed = list(seeds) or None
-    return scheduler
-
-
-@functools.lru_cache(maxsize=128)
-def _unused_scheduler(name: str, schedule_type: ScheduleType, config_json: str) -> SchedulerMixin:
-    """To be copied: diffusers' DPM2 takes half a second to be made, its copy a millisecond."""
-    import diffusers
-
-    spec = SCHEDULERS[name]
-    config = {**json.loads(config_json), **spec.overrides, **_OF_TYPE[schedule_type]}
-    if spec.class_name == _SEEDED:
-        from generation.sde import SeededSDEScheduler
-
-        seeded: SchedulerMixin = SeededSDEScheduler.from_config(config)
-        return seeded
-    scheduler_class = getattr(diffusers, spec.class_name)
-    # The model's config was written for another class: diffusers warns of what this one lacks.
-    known = inspect.signature(scheduler_class.__init__).parameters
-    scheduler: SchedulerMixin = scheduler_class.from_config(
-        {key: value for key, value in config.items() if key in known}
-    )
-    return scheduler

@@ -1,6 +1,6 @@
-"""The invisible watermark of Stability AI's pictures, on any device.
+"""The invisible watermark of Stability AI's images, on any device.
 
-A message of 48 bits, again and again over the picture, in its blue: each 8x8 pixels hold one bit.
+A message of 48 bits, again and again over the image, in its blue: each 8x8 pixels hold one bit.
 Written for the decoder of ShieldMnt/invisible-watermark (imwatermark/maxDct.py, EmbedMaxDct), which
 looks at the largest wavelet coefficient of a block. The encoder there may lower that one below its
 neighbours, so that the decoder looks at another; here it stays the largest by a margin.
@@ -27,7 +27,7 @@ RGB_OF_U = (0.0, -0.395, 2.032)  # which leaves Y as it is
 def apply(pixels: Tensor) -> Tensor:
     """(N, 3, H, W) uint8 RGB to the same with the watermark.
 
-    A picture without a single block of 8x8 pixels comes back as it is.
+    A image without a single block of 8x8 pixels comes back as it is.
     """
     device = pixels.device
     rows, columns = (side // (2 * BLOCK) for side in pixels.shape[-2:])

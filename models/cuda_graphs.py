@@ -179,6 +179,7 @@ class CapturedGraph:
         self._replay = capture(run)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+        """Copy the arguments in, replay, and copy the outputs out."""
         for static, given in zip(self._inputs, _tensors((args, kwargs)), strict=True):
             static.copy_(given, non_blocking=True)
         self._replay()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-import generation.painter
+import generation.engine
 from generation.engine import Engine, GenerationResult
 from tests.miniature.stock import PROMPT, SEED, SETTINGS, SIZE, File, copy_of, draw
 from tests.requests import REQUEST
@@ -41,14 +41,14 @@ def engine() -> Engine:
 @pytest.fixture
 def make(engine, tmp_path, monkeypatch) -> Callable[..., Made]:
     """`make(seed=3)`: RED_ON_BLUE with the given fields changed, through the engine."""
-    decode = generation.painter._decode
+    decode = generation.engine.decode_latents
     seen: list[torch.Tensor] = []
 
-    def watched_decode(pipeline, latents, passes):
+    def watched_decode(model, latents):
         seen.append(latents.clone())
-        return decode(pipeline, latents, passes)
+        return decode(model, latents)
 
-    monkeypatch.setattr(generation.painter, "_decode", watched_decode)
+    monkeypatch.setattr(generation.engine, "decode_latents", watched_decode)
 
     def make(engine: Engine = engine, **changes: object) -> Made:
         folder = Path(tmp_path, str(len(list(tmp_path.iterdir()))))

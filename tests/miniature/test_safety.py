@@ -14,7 +14,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from PIL import Image
 
 from generation.engine import Engine
-from generation.errors import UnsafePictures
+from generation.errors import UnsafeImages
 from generation.safety import SafetyChecker
 from tests.miniature import safety_bars as bars
 from weights import cache
@@ -86,7 +86,7 @@ def test_an_unsafe_picture_is_left_out_and_the_others_keep_their_names(make, cap
 
 def test_none_left_is_an_error_and_the_next_request_is_as_ever(make):
     before = make()
-    with pytest.raises(UnsafePictures) as raised:
+    with pytest.raises(UnsafeImages) as raised:
         make(prompt=bars.UNSAFE, num_outputs=2, **CHECKED)
     assert str(raised.value) == (
         "NSFW content detected. Try running it again, or try a different prompt."
@@ -108,7 +108,7 @@ def test_what_an_upload_became_is_checked_before_it_is_enlarged(make, tmp_path):
     scene = place("star", "black", "red", "large", "center", np.random.default_rng(0))
     render(scene, 128, 128).save(tmp_path / "star.png")
     asked = {"prompt": "", "image": tmp_path / "star.png", "prompt_strength": 0.05, "upscale": "4"}
-    with pytest.raises(UnsafePictures):
+    with pytest.raises(UnsafeImages):
         make(**asked, **CHECKED)
     assert make(**asked).pictures[0].size == (512, 512)
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from generation.prompt_syntax import (
-    MAX_LOWERED,
-    MAX_PASSAGES,
+from generation.prompt_parser import (
+    MAX_DOWNWEIGHTED,
+    MAX_SEGMENTS,
     MAX_WEIGHT,
     Blend,
     Fragment,
@@ -19,11 +19,11 @@ UP, DOWN = 1.1, 1 / 1.1
 
 
 def fragments(prompt: str) -> list[tuple[str, float]]:
-    """Of a prompt that is one passage: text and weight to five digits."""
+    """Of a prompt that is one segment: text and weight to five digits."""
     parsed = parse(prompt)
-    (passage,) = parsed.parts
+    (segment,) = parsed.parts
     assert parsed.weights == (1.0,)
-    return [(f.text, round(f.weight, 5)) for f in passage]
+    return [(f.text, round(f.weight, 5)) for f in segment]
 
 
 def rounded(pairs):
@@ -134,7 +134,7 @@ def test_blends():
     (equal,) = parse('("a", "b").blend()').parts
     assert equal.weights == (1.0, 1.0)
     (escaped,) = parse(r'("say \"hi\"", "b").blend(1, 1)').parts
-    assert escaped.passages[0] == (Fragment('say "hi"', 1.0),)
+    assert escaped.segments[0] == (Fragment('say "hi"', 1.0),)
 
 
 @pytest.mark.parametrize(
@@ -164,14 +164,14 @@ def test_break_inside_brackets_or_words_is_a_word():
 def test_limits():
     nested = "(" * 40 + "red" + ")" * 40
     assert fragments(nested) == [("red", MAX_WEIGHT)]
-    many = "[a] b " * MAX_LOWERED
+    many = "[a] b " * MAX_DOWNWEIGHTED
     assert len(parse(many).parts[0]) > 2
     more = many + "[a]"
     assert parse(more).is_plain
     assert parse(more).plain == more
-    assert "lowers 25 passages" in parse(more).notes[0]
-    quoted = ", ".join(['"a"'] * (MAX_PASSAGES + 1))
-    assert f"{MAX_PASSAGES} at most" in parse(f"({quoted}).and()").notes[0]
+    assert "weight of 25 segments" in parse(more).notes[0]
+    quoted = ", ".join(['"a"'] * (MAX_SEGMENTS + 1))
+    assert f"{MAX_SEGMENTS} at most" in parse(f"({quoted}).and()").notes[0]
 
 
 @pytest.mark.parametrize(
@@ -243,8 +243,8 @@ def test_any_text_is_read(prompt):
     parsed = parse(prompt)
     assert len(parsed.parts) == len(parsed.weights) >= 1
     for part in parsed.parts:
-        for passage in part.passages if isinstance(part, Blend) else (part,):
-            assert all(0 <= f.weight <= MAX_WEIGHT for f in passage)
+        for segment in part.segments if isinstance(part, Blend) else (part,):
+            assert all(0 <= f.weight <= MAX_WEIGHT for f in segment)
     if not any(c in prompt for c in '()[]\\"+-') and "BREAK" not in prompt:
         assert parsed.plain == prompt or not prompt.strip()
 
