@@ -64,7 +64,7 @@ def waits_of(parts, mode, name, steps=5, guidance=7.5, of=on_the_host, predicts=
         mode=mode,
         strength=1.0 if mode is Mode.TXT2IMG else 0.8,
         guidance_scale=guidance,
-        guided=guidance > 1,
+        do_classifier_free_guidance=guidance > 1,
         repaint=RepaintPlan(False, 0, None, None, 0, None) if mode is Mode.INPAINT else None,
         seeds=(1, 2),
     )
