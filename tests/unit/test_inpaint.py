@@ -182,7 +182,8 @@ def fitted(
     """Return the mask that is used for an image of `size`; without one, by mask_from_alpha."""
     images = {"mask": None, "mask_from_alpha": True} if mask is None else {}
     plan = plan_of(size, **images, **changes)
-    (image,), levels = InputImages(SourceImage(noise(size), alpha), mask, {}).fit(plan)
+    source = SourceImage(noise(size), alpha)
+    (image,), levels = InputImages(source, mask, {}, size, None).fit(plan)
     assert levels.shape == image.size[::-1]
     return levels
 
@@ -274,6 +275,7 @@ def test_image_and_mask_are_cropped_alike():
     image = circle((200, 100), 60)
     mask = image.convert("L")
     plan = plan_of((200, 100), width=128, height=128)
-    (cropped,), levels = InputImages(SourceImage(image, None), mask, {}).fit(plan)
+    source = SourceImage(image, None)
+    (cropped,), levels = InputImages(source, mask, {}, image.size, None).fit(plan)
     difference = np.asarray(cropped.convert("L"), int) - levels.astype(int)
     assert np.mean(np.abs(difference) > 64) < 0.01
