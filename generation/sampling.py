@@ -223,7 +223,7 @@ class CFGDenoiser:
         if residuals is not None:
             arguments["down_block_additional_residuals"] = residuals.down
             arguments["mid_block_additional_residual"] = residuals.mid
-        noise_pred: Tensor = self.model.graphs.run("unet", unet.forward, sample, t, **arguments)[0]
+        noise_pred: Tensor = self.model.graphs.run("unet", unet, sample, t, **arguments)[0]
         noise_pred = noise_pred.float()
         if guidance is None:
             return noise_pred
