@@ -1,6 +1,6 @@
 """Trained weights of every kind for the miniature, and requests that use them.
 
-`python -m tests.miniature.weights_pool FOLDER` makes every request's picture, each in a process
+`python -m tests.miniature.request_pool FOLDER` makes every request's picture, each in a process
 that has done nothing else: `FOLDER/<name>.npz`; after the plain one, `FOLDER/fingerprint <…>.json`.
 """
 

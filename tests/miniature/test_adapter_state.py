@@ -38,7 +38,7 @@ from tests.miniature.isolation import (
     functions_of,
     pictures,
 )
-from tests.miniature.weights_pool import (
+from tests.miniature.request_pool import (
     FILES,
     NAMED,
     OPERATORS,
@@ -133,7 +133,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def fresh(folder) -> dict[str, list[np.ndarray]]:
-    command = [sys.executable, "-m", "tests.miniature.weights_pool", str(folder)]
+    command = [sys.executable, "-m", "tests.miniature.request_pool", str(folder)]
     # One thread: a process that has started threads cannot be copied.
     own = {"WEIGHTS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own})

@@ -1,4 +1,4 @@
-"""What it costs to change weights, on the miniature: `python -m tests.miniature.swap_bars`.
+"""What it costs to change weights, on the miniature: `python -m tests.miniature.swap_eval`.
 
 Times are medians; the processor's are the process's own, without what else the machine does.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from generation.engine import Engine
-from tests.miniature.weights_pool import FILES, data_url, with_references, write_files
+from tests.miniature.request_pool import FILES, data_url, with_references, write_files
 from tests.requests import REQUEST
 from weights.catalog import Edition
 

@@ -1,12 +1,12 @@
-"""Changing weights takes no memory; `python -m tests.miniature.swap_bars` measures its time too."""
+"""Changing weights takes no memory; `python -m tests.miniature.swap_eval` measures its time too."""
 
 import subprocess
 import sys
 
-from tests.miniature.swap_bars import MOST_GROWTH
+from tests.miniature.swap_eval import MOST_GROWTH
 
 FRESH_PROCESS = """
-from tests.miniature.swap_bars import memory, open_engine
+from tests.miniature.swap_eval import memory, open_engine
 with open_engine() as (engine, folder):
     print(memory(engine, folder, swaps=50).growth)
 """
