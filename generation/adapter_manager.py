@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from cachetools import LRUCache
-
 from generation.errors import InvalidRequest
 from generation.lora_merger import (
     Adapter,
@@ -18,6 +16,7 @@ from generation.lora_merger import (
 )
 from generation.plan import WeightsUse
 from models.components import UNET, ModelComponents
+from models.lru_cache import LRUCache
 from weights import sources
 from weights.references import OPERATOR, Source, Tokens
 from weights.trained import ModelShapes, TrainedWeights, read_trained
@@ -33,7 +32,7 @@ class AdapterManager:
         self._merger = LoraMerger(components)
         self._shapes = ModelShapes.of(components.adaptable())
         self._cache: LRUCache[tuple[str, str], TrainedWeights] = LRUCache(
-            MEMORY_BYTES, getsizeof=lambda weights: weights.n_bytes
+            MEMORY_BYTES, lambda weights: weights.n_bytes
         )
         self._operator_weights: TrainedWeights | None = None
         self._model_weights: dict[Path, TrainedWeights] = {}
@@ -105,8 +104,7 @@ class AdapterManager:
             if weights is None:
                 weights = read_trained(file.path, name, self._shapes, file.file_name)
                 weights = replace(weights, digest=file.digest)
-                if weights.n_bytes <= MEMORY_BYTES:
-                    self._cache[key] = weights
+                self._cache.add(key, weights)
         print(f"{name}: {weights.description}")
         return weights
 

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from cachetools import LRUCache
 from torch import Tensor
 
 from generation.prompt_parser import Blend, Fragment, ParsedPrompt, Segment, parse
 from models.components import ModelComponents
+from models.lru_cache import LRUCache
 from models.tokens import tokenize
 
 if TYPE_CHECKING:
@@ -203,11 +203,13 @@ class PromptEncoder:
 
         def encode(name: str, text: str) -> _EncodedText:
             key = (len(encoders), clip_skip, state, text)
-            if key not in self._cache:
-                self._cache[key] = _encode(encoders, text)
-            for note in self._cache[key].notes:
+            encoded = self._cache.get(key)
+            if encoded is None:
+                encoded = _encode(encoders, text)
+                self._cache.add(key, encoded)
+            for note in encoded.notes:
                 print(f"{name}: {note}")
-            return self._cache[key]
+            return encoded
 
         positive = encode("prompt", prompt)
         if negative_prompt is None:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from cachetools import LRUCache
 from torch import Tensor, nn
 
 from generation import delta_merge
 from models.components import ModelComponents
+from models.lru_cache import LRUCache
 from models.tokens import add_placeholder_tokens, text_transformer
 from weights.trained import Pooling, TokenVectors, TrainedWeights
 from weights.trained_types import TEXT_ENCODERS
@@ -188,11 +188,13 @@ class LoraMerger:
 
     def _tokenizer(self, name: str, tokens: tuple[str, ...]) -> Any:  # noqa: ANN401
         """Return a text encoder's tokenizer with the tokens, whose ids are the appended rows'."""
-        if (name, tokens) not in self._extended:
+        extended = self._extended.get((name, tokens))
+        if extended is None:
             first_id = self._embeddings[name].shape[0]
             original = self._components.tokenizers[name]
-            self._extended[name, tokens] = add_placeholder_tokens(original, tokens, first_id)
-        return self._extended[name, tokens]
+            extended = add_placeholder_tokens(original, tokens, first_id)
+            self._extended.add((name, tokens), extended)
+        return extended
 
     def _pool_at_end_token(self) -> None:
         """Pool where the text ends (models.tokens.pooled_at_end_token says why)."""

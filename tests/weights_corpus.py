@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from tests.user_weight_fixtures import data_uri
+from tests.helpers.user_weight_fixtures import data_uri
 from tests.fake_hub import COMMIT
 from tests.fake_web import Page
 from tests.hostile_files import ARCHIVES, CONTAINERS, HEADERS, LORA, UNFIT, with_pax, with_size

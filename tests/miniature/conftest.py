@@ -30,6 +30,10 @@ class Made:
     bytes: list[bytes]
     latents: torch.Tensor
 
+    @property
+    def images(self):
+        return self.pictures
+
 
 @pytest.fixture(scope="session")
 def engine() -> Engine:
@@ -104,4 +108,5 @@ def files(tmp_path) -> dict[str, Path]:
     for name, picture in (("picture", world.render(scene, 128, 128)), ("mask", mask)):
         found[name] = tmp_path / f"{name}.png"
         picture.save(found[name])
+    found["image"] = found["picture"]
     return found

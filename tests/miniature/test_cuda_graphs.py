@@ -1,28 +1,29 @@
-"""Recorded and compiled passes make the pictures that plain ones make, once a shape."""
+"""Captured and compiled forward passes give the images of eager ones, captured once a shape."""
 
 import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from generation import passes
-from generation.base_models import MINIATURE_SDXL
 from generation.controlnets import ControlRequest
-from generation.passes import Acceleration, Compiler, Passes
+from models import cuda_graphs
+from models.compile import Compiler
+from models.cuda_graphs import CUDAGraphRunner, ExecutionConfig
 from tests.comparison import max_difference
+from tests.helpers.fake_graph_capture import FakeGraphCapture
+from tests.miniature.pipeline_components import components_in
 from tests.miniature.stock import MODES
-from tests.recorder import Recorder
 from tests.requests import NO_CONTROL
 from weights.edition import has_compiler
 
 STEPS = 3
 REQUESTS = {
     **MODES,
-    "two pictures": {"num_outputs": 2, "width": 72},
-    # These keep what the UNet gives for later steps; without guidance, as it is.
+    "two images": {"num_outputs": 2, "width": 72},
+    # These keep the UNet's output for later steps; without guidance, the very tensor.
     "PNDM": {"scheduler": "PNDM", "guidance_scale": 1.0},
     "LMS": {"scheduler": "LMS", "guidance_scale": 1.0},
-    "control": {"controls": "picture"},
+    "control": {"controls": "image"},
     "part of guidance": {"guidance_end": 0.5},
     "sd15": {"model": "sd15"},
     "turbo": {"model": "sdxl-turbo", "num_inference_steps": None},
@@ -31,61 +32,65 @@ REQUESTS = {
 
 
 @pytest.fixture
-def accelerated(engine, monkeypatch):
-    """Has the engine's passes begin anew, as this acceleration makes them."""
+def execute(engine, monkeypatch):
+    """`execute(config)`: the engine's models run their forward passes so, starting eagerly."""
 
-    def accelerated(acceleration: Acceleration) -> None:
-        monkeypatch.setattr(engine._store, "acceleration", acceleration)
-        engine._store._passes.clear()
+    def execute(config: ExecutionConfig) -> None:
+        monkeypatch.setattr(engine._models, "execution", config)
+        for entry in engine._models._entries.values():
+            monkeypatch.setattr(entry.graphs, "_config", config)
+        engine._models.clear_graphs()
 
-    yield accelerated
-    engine._store._passes.clear()
+    yield execute
+    engine._models.clear_graphs()
 
 
 @pytest.fixture
-def ask(make, files):
-    def ask(name: str, **more):
-        size = {} if name == "outpaint" else {"width": 64, "height": 64}
-        asked = {"num_inference_steps": STEPS, **size, **REQUESTS[name], **more}
-        if asked.get("controls"):
-            control = ControlRequest("edge_canny", files["picture"], 0.75, 0, 0.5, is_map=False)
-            asked["controls"] = (control, NO_CONTROL, NO_CONTROL)
-        given = {k: files.get(v, v) if isinstance(v, str) else v for k, v in asked.items()}
-        return np.stack([np.asarray(p, int) for p in make(**given).pictures])
+def generate(make, files):
+    """Return the images (N, H, W, 3) of one of REQUESTS."""
 
-    return ask
+    def generate(name: str, **more):
+        size = {} if name == "outpaint" else {"width": 64, "height": 64}
+        changes = {"num_inference_steps": STEPS, **size, **REQUESTS[name], **more}
+        if changes.get("controls"):
+            control = ControlRequest("edge_canny", files["image"], 0.75, 0, 0.5, is_map=False)
+            changes["controls"] = (control, NO_CONTROL, NO_CONTROL)
+        inputs = {k: files.get(v, v) if isinstance(v, str) else v for k, v in changes.items()}
+        return np.stack([np.asarray(p, int) for p in make(**inputs).images])
+
+    return generate
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_a_recorded_request_is_the_plain_one(name, ask, accelerated):
-    plain, other = ask(name), ask(name, seed=99)
-    recorder = Recorder()
-    accelerated(Acceleration(recorder, None))
-    first, second = ask(name), ask(name, seed=99)
-    assert recorder.replays
-    made = len(recorder.recordings)
-    third = ask(name)
+def test_a_captured_request_equals_the_eager_one(name, generate, execute):
+    plain, other = generate(name), generate(name, seed=99)
+    capture = FakeGraphCapture()
+    execute(ExecutionConfig(capture, None))
+    first, second = generate(name), generate(name, seed=99)
+    assert capture.replays
+    captured = len(capture.captures)
+    third = generate(name)
     for ours, expected in ((first, plain), (second, other), (third, plain)):
         assert max_difference(ours, expected) <= 1
     assert max_difference(plain, other) > 1
-    ask(name)
-    assert len(recorder.recordings) - made <= 2  # what a request does once is recorded in its turn
+    generate(name)
+    assert len(capture.captures) - captured <= 2  # what a request does once is captured later
 
 
-def test_python_runs_no_more_once_all_is_recorded(ask, accelerated, engine):
-    accelerated(Acceleration(Recorder(), None))
+def test_python_no_longer_runs_once_all_is_captured(generate, execute, engine):
+    execute(ExecutionConfig(FakeGraphCapture(), None))
     for _ in range(2):
-        ask("txt2img")
+        generate("txt2img")
     calls = []
-    modules = engine._store.load(MINIATURE_SDXL).parts
+    components = components_in(engine)
     handles = [
         module.register_forward_pre_hook(lambda *_: calls.append(1))
-        for module in (modules["unet"].conv_in, modules["vae"].decoder)
+        for module in (components.unet.conv_in, components.vae.decoder)
     ]
     try:
-        ask("txt2img", prompt="a small blue star on a white background", seed=5)
+        generate("txt2img", prompt="a small blue star on a white background", seed=5)
         assert calls == []
-        ask("txt2img", width=72)
+        generate("txt2img", width=72)
         assert calls != []
     finally:
         for handle in handles:
@@ -93,125 +98,126 @@ def test_python_runs_no_more_once_all_is_recorded(ask, accelerated, engine):
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_no_request_looks_through_a_model(name, ask, monkeypatch):
-    """At the real sizes each look takes milliseconds, in which a GPU has nothing to do."""
-    ask(name)
-    looked_at = []
+def test_no_request_walks_through_a_models_modules(name, generate, monkeypatch):
+    """With the published models that takes milliseconds, in which a GPU has nothing to do."""
+    generate(name)
+    visited = []
     named_modules = torch.nn.Module.named_modules
 
-    def watched(module, *args, **kwargs):
+    def watch(module, *args, **kwargs):
         for found in named_modules(module, *args, **kwargs):
-            looked_at.append(found)
+            visited.append(found)
             yield found
 
-    monkeypatch.setattr(torch.nn.Module, "named_modules", watched)
-    ask(name, seed=7)
-    assert len(looked_at) < 50  # the first few, on the way to some first parameter
+    monkeypatch.setattr(torch.nn.Module, "named_modules", watch)
+    generate(name, seed=7)
+    assert len(visited) < 50  # the first few, on the way to some first parameter
 
 
-def test_weights_come_and_go_in_what_is_recorded(ask, accelerated):
-    plain, trained = ask("txt2img"), ask("trained")
-    accelerated(Acceleration(Recorder(), None))
+def test_captured_passes_follow_merged_and_restored_weights(generate, execute):
+    plain, trained = generate("txt2img"), generate("trained")
+    execute(ExecutionConfig(FakeGraphCapture(), None))
     for _ in range(2):
-        assert max_difference(ask("txt2img"), plain) <= 1
-        assert max_difference(ask("trained"), trained) <= 1
+        assert max_difference(generate("txt2img"), plain) <= 1
+        assert max_difference(generate("trained"), trained) <= 1
 
 
-def test_only_so_many_shapes_are_kept(monkeypatch):
-    monkeypatch.setattr(passes, "MAX_SHAPES", 2)
-    recorder = Recorder()
-    own = Passes(Acceleration(recorder, None))
+def test_the_number_of_shapes_is_limited(monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "MAX_SHAPES", 2)
+    capture = FakeGraphCapture()
+    runner = CUDAGraphRunner(ExecutionConfig(capture, None))
     for length in (1, 2, 3, 1):
         for _ in range(3):
-            given = torch.full((length,), 2.0)
-            assert torch.equal(own.run("double", lambda x: 2 * x, given), 2 * given)
-    assert len(recorder.recordings) == 4
-    assert len(own._ways) == 2
+            x = torch.full((length,), 2.0)
+            assert torch.equal(runner.run("double", lambda x: 2 * x, x), 2 * x)
+    assert len(capture.captures) == 4
+    assert len(runner._entries) == 2
 
 
-def test_a_pass_is_told_apart_by_all_but_values():
-    recorder = Recorder()
-    own = Passes(Acceleration(recorder, None))
+def test_a_pass_is_captured_for_all_but_its_tensors_values():
+    capture = FakeGraphCapture()
+    runner = CUDAGraphRunner(ExecutionConfig(capture, None))
 
-    def function(x, *, scale, of):
-        return x * scale + (0 if of is None else of["y"])
+    def function(x, *, scale, added):
+        return x * scale + (0 if added is None else added["y"])
 
     one = torch.ones(2)
     calls = [
-        (one, {"scale": 2.0, "of": None}),
-        (one, {"scale": 3.0, "of": None}),
-        (one, {"scale": 3.0, "of": {"y": one}}),
-        (one.double(), {"scale": 3.0, "of": None}),
+        (one, {"scale": 2.0, "added": None}),
+        (one, {"scale": 3.0, "added": None}),
+        (one, {"scale": 3.0, "added": {"y": one}}),
+        (one.double(), {"scale": 3.0, "added": None}),
     ]
     for _ in range(3):
         for x, others in calls:
             expected = function(x, **others)
-            result = own.run("sum", function, x, **others)
+            result = runner.run("sum", function, x, **others)
             assert torch.equal(result, expected)
             assert result.dtype == expected.dtype
-    assert len(recorder.recordings) == len(calls)
+    assert len(capture.captures) == len(calls)
 
 
-def test_what_does_not_fit_beside_recordings_runs_without_them(ask, accelerated):
-    plain = ask("txt2img")
-    recorder = Recorder()
+def test_a_pass_without_memory_for_a_graph_runs_without_one(generate, execute):
+    plain = generate("txt2img")
+    capture = FakeGraphCapture()
 
-    def record(run):
-        if len(recorder.recordings) == 1:
+    def try_capture(run):
+        if len(capture.captures) == 1:
             raise torch.OutOfMemoryError("no more")
-        return recorder(run)
+        return capture(run)
 
-    accelerated(Acceleration(record, None))
+    execute(ExecutionConfig(try_capture, None))
     for _ in range(3):
-        assert max_difference(ask("txt2img"), plain) <= 1
-    assert recorder.replays
+        assert max_difference(generate("txt2img"), plain) <= 1
+    assert capture.replays
 
 
-def test_what_cannot_be_recorded_is_launched_as_before(ask, accelerated, capfd):
-    plain = ask("txt2img")
+def test_a_pass_that_cannot_be_captured_runs_as_before(generate, execute, capfd):
+    plain = generate("txt2img")
     attempts = []
 
-    def record(run):
+    def try_capture(run):
         attempts.append(run)
         run()
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    accelerated(Acceleration(record, None))
+    execute(ExecutionConfig(try_capture, None))
     for _ in range(3):
-        assert max_difference(ask("txt2img"), plain) <= 1
-    said = capfd.readouterr()
-    assert said.out.count("could not be recorded") == len(attempts) == 2  # UNet, VAE's decoder
-    assert "operation not permitted" in said.err
+        assert max_difference(generate("txt2img"), plain) <= 1
+    log = capfd.readouterr()
+    assert log.out.count("could not be captured") == len(attempts) == 2  # UNet, VAE's decoder
+    assert "operation not permitted" in log.err
 
 
-def test_a_pass_that_fails_is_told_however_it_is_run():
-    own = Passes(Acceleration(Recorder(), None))
+def test_a_failing_pass_raises_its_error_however_it_runs():
+    runner = CUDAGraphRunner(ExecutionConfig(FakeGraphCapture(), None))
 
     def function(x):
         if x.sum() > 2:
             raise ValueError("too much")
         return x
 
-    own.run("fails", function, torch.ones(2))
+    runner.run("fails", function, torch.ones(2))
     with pytest.raises(ValueError, match="too much"):
-        own.run("fails", function, torch.full((2,), 2.0))
+        runner.run("fails", function, torch.full((2,), 2.0))
 
 
-def test_without_recordings_a_lack_of_memory_is_told(make):
+def test_without_graphs_a_lack_of_memory_is_raised():
     def fails(_):
         raise torch.OutOfMemoryError("no more")
 
-    own = Passes(Acceleration(Recorder(), None))
+    runner = CUDAGraphRunner(ExecutionConfig(FakeGraphCapture(), None))
     with pytest.raises(torch.OutOfMemoryError):
-        own.run("fails", fails, torch.ones(1))
+        runner.run("fails", fails, torch.ones(1))
 
 
-# Compiling. With the backend "eager" everything is PyTorch's but the kernels: what is traced, what
+# Compiling. With the backend "eager" all is as in production but the kernels: what is traced, what
 # is guarded, and when it has to be traced again.
 
 
 @pytest.fixture
 def traced(monkeypatch):
+    """Compile without kernels."""
     compile_ = torch.compile
 
     def traced(function, **options):
@@ -225,60 +231,62 @@ def traced(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_twenty_requests_are_traced_once(ask, accelerated, traced):
-    """With other seeds, prompts, steps, schedulers, weights; all checkpoints of an architecture."""
+def test_twenty_requests_are_traced_once(generate, execute, traced):
+    """For all seeds, prompts, steps, schedulers, weights and checkpoints of an architecture."""
     unguided = {"guidance_scale": 1.0}
-    plain, trained = ask("txt2img", **unguided), ask("trained", **unguided)
+    plain, trained = generate("txt2img", **unguided), generate("trained", **unguided)
     compiler = Compiler()
-    accelerated(Acceleration(Recorder(), compiler))
+    execute(ExecutionConfig(FakeGraphCapture(), compiler))
     for _ in range(2):
-        ask("txt2img", **unguided)
+        generate("txt2img", **unguided)
     compiler.wait()
-    ask("txt2img", **unguided)
+    generate("txt2img", **unguided)
     assert counters["stats"]["unique_graphs"] == 2  # the UNet's, and the VAE's decoder's
     for k in range(20):
         changes = {"seed": k, "prompt": f"a small red star on a white background {k}", **unguided}
         changes["num_inference_steps"] = 1 + k % 3
         changes["scheduler"] = ("K_EULER", "DDIM", "DPM++ 2M")[k // 3 % 3]
-        ask("trained" if k % 2 else "txt2img", **changes)
-    assert max_difference(ask("txt2img", **unguided), plain) <= 1
-    assert max_difference(ask("trained", **unguided), trained) <= 1
+        generate("trained" if k % 2 else "txt2img", **changes)
+    assert max_difference(generate("txt2img", **unguided), plain) <= 1
+    assert max_difference(generate("trained", **unguided), trained) <= 1
     for model in ("sdxl-turbo", "sdxl-lcm"):
         for _ in range(3):
-            ask("txt2img", model=model, **unguided)
+            generate("txt2img", model=model, **unguided)
             compiler.wait()
     assert counters["stats"]["unique_graphs"] == 2
 
 
-def test_what_cannot_be_compiled_stays_as_it_is(traced, capfd):
+def test_a_pass_that_cannot_be_compiled_runs_as_before(traced, capfd):
     def function(x):
         torch._dynamo.graph_break()
         return 2 * x
 
     compiler = Compiler()
-    own = Passes(Acceleration(None, compiler))
+    runner = CUDAGraphRunner(ExecutionConfig(None, compiler))
     for _ in range(4):
-        assert own.run("double", function, torch.ones(2)).tolist() == [2, 2]
+        assert runner.run("double", function, torch.ones(2)).tolist() == [2, 2]
         compiler.wait()
-    assert "COMPILE: a pass could not be compiled and stays as it is" in capfd.readouterr().out
+    assert (
+        "COMPILE: a forward pass could not be compiled and runs as before" in capfd.readouterr().out
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler on a CPU")
-def test_kernels_give_what_pytorch_gives():
+def test_compiled_kernels_compute_what_pytorch_does():
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.SiLU()).eval()
     compiler = Compiler()
-    own = Passes(Acceleration(None, compiler))
+    runner = CUDAGraphRunner(ExecutionConfig(None, compiler))
     with torch.inference_mode():
         for _ in range(3):
-            given = torch.randn(4, 8)
-            torch.testing.assert_close(own.run("network", network, given), network(given))
+            x = torch.randn(4, 8)
+            torch.testing.assert_close(runner.run("network", network, x), network(x))
             compiler.wait()
-        (way,) = own._ways.values()
-        assert way._function is not network
+        (entry,) = runner._entries.values()
+        assert entry._function is not network
         graphs = counters["stats"]["unique_graphs"]
-        network[0].weight.mul_(2)  # as trained weights come in
-        given = torch.randn(4, 8)
-        torch.testing.assert_close(own.run("network", network, given), network(given))
+        network[0].weight.mul_(2)  # as adapters are merged
+        x = torch.randn(4, 8)
+        torch.testing.assert_close(runner.run("network", network, x), network(x))
         assert counters["stats"]["unique_graphs"] == graphs

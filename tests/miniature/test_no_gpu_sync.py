@@ -1,148 +1,147 @@
-"""Between its first and its last step, denoising never makes a GPU wait for its host.
+"""Between its first and its last step, sampling never makes the CPU wait for the GPU.
 
-The device here is PyTorch's "meta": tensors without values, so that asking for one is an error, as
-`torch.cuda.set_sync_debug_mode("error")` makes it on a GPU (tests/miniature/test_gpu.py). What is
-copied to it while the host waits is counted.
+The device here is PyTorch's "meta": its tensors have no values, so that reading one is an error, as
+`torch.cuda.set_sync_debug_mode("error")` makes it on a GPU (tests/miniature/test_gpu.py). Copies to
+it that would block are counted.
 """
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import diffusers
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from generation import control, modes, noise, stand_ins
-from generation.base_models import MINIATURE_SDXL
-from generation.host_schedule import WAITS, on_the_host
-from generation.passes import Acceleration, Passes
-from generation.pipelines import PIPELINE_CLASSES
-from generation.plan import Mode, RepaintPlan
-from generation.prompts import PromptEmbeddings
-from generation.resolve import resolve
+from generation import sampling
+from generation.conditioning import PromptEmbeddings, condition
+from generation.latents import NonBlockingCopies, randn
+from generation.plan import Mode
+from generation.sampling import CFGDenoiser, GuidanceInterval, KnownLatents, Timesteps
 from generation.schedulers import SCHEDULERS, ScheduleType, build_scheduler
+from models.cache import LoadedModel
+from models.components import ModelComponents
+from tests.miniature.pipeline_components import components_in
 from tests.miniature.stock import DISTINCT
-from tests.requests import REQUEST
 
 META = torch.device("meta")
+SEEDS, STEPS, SIZE = (1, 2), 5, (128, 128)
+LATENTS = (len(SEEDS), 4, 16, 16)
 MODES = [Mode.TXT2IMG, Mode.IMG2IMG, Mode.INPAINT]
+# UniPC solves a small linear system on the GPU at each step, and checks whether that worked.
+SYNCHRONIZING = {"UniPCMultistepScheduler"}
 
 
-class Watch(TorchDispatchMode):
-    """Notes the copies that a host would wait for."""
+class BlockingCopies(TorchDispatchMode):
+    """Notes copies between devices that the CPU would wait for."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.waits: list[str] = []
+        self.found: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         names = [argument.name for argument in func._schema.arguments]
-        told = {**dict(zip(names, args, strict=False)), **kwargs}
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         if func.overloadpacket.__name__ in ("to", "_to_copy", "copy_"):
-            source = told.get("src", told["self"])
-            if source.device != result.device and not told.get("non_blocking"):
-                self.waits.append(f"{func} {tuple(source.shape)} {source.device}")
+            source = arguments.get("src", arguments["self"])
+            if source.device != result.device and not arguments.get("non_blocking"):
+                self.found.append(f"{func} {tuple(source.shape)} {source.device}")
         return result
 
 
+@dataclass
+class Runner:
+    """Runs the UNet, and counts the blocking copies before each run."""
+
+    copies: BlockingCopies
+    runs_unet: bool
+    counts: list[int] = field(default_factory=list)
+
+    def run(self, name: str, function: Callable, sample: Tensor, timestep: Tensor, **others):
+        self.counts.append(len(self.copies.found))
+        return function(sample, timestep, **others) if self.runs_unet else (0.5 * sample,)
+
+
 @pytest.fixture(scope="module")
-def parts(engine):
-    model = engine._store.load(MINIATURE_SDXL)
+def components(engine) -> ModelComponents:
+    loaded = components_in(engine)
     with META:
-        unet = diffusers.UNet2DConditionModel.from_config(model.parts["unet"].config)
-        vae = diffusers.AutoencoderKL.from_config(model.parts["vae"].config)
-    return model, {"unet": unet.eval(), "vae": vae.eval()}
+        unet = diffusers.UNet2DConditionModel.from_config(loaded.unet.config).eval()
+        vae = diffusers.AutoencoderKL.from_config(loaded.vae.config).eval()
+    return replace(loaded, unet=unet, vae=vae)
 
 
-def waits_of(parts, mode, name, steps=5, guidance=7.5, of=on_the_host, predicts=True):
-    """What was waited for between the UNet's first and last call."""
-    model, own = parts
-    plan = replace(
-        resolve(replace(REQUEST, scheduler=name, num_inference_steps=steps), MINIATURE_SDXL, None),
-        mode=mode,
-        strength=1.0 if mode is Mode.TXT2IMG else 0.8,
-        guidance_scale=guidance,
-        guided=guidance > 1,
-        repaint=RepaintPlan(False, 0, None, None, 0, None) if mode is Mode.INPAINT else None,
-        seeds=(1, 2),
-    )
-    scheduler = of(
-        build_scheduler(name, ScheduleType.AUTOMATIC, model.scheduler_config, plan.seeds)
-    )
-    pipeline = getattr(diffusers, PIPELINE_CLASSES[MINIATURE_SDXL.architecture, mode])(
-        **{**model.parts, **own, "text_encoder": None, "text_encoder_2": None},
-        scheduler=scheduler,
-    )
-    width = model.parts["unet"].config.cross_attention_dim
-    pooled = model.parts["text_encoder_2"].config.projection_dim
-    texts = PromptEmbeddings(
-        *(torch.empty(1, *s, device=META) for s in [(77, width), (pooled,)] * 2)
-    )
-    latents = torch.empty(2, 4, 16, 16, device=META)
-    change = torch.empty(1, 1, 16, 16, device=META)
-    seen = (None, None) if mode is Mode.TXT2IMG else (latents, change)
-    start = modes.Start((128, 128), *seen, None)
-    generators = [torch.Generator().manual_seed(seed) for seed in plan.seeds]
-    watch, marks = Watch(), []
-    passes = Passes(Acceleration(None, None))
-    progress = stand_ins.Progress(scheduler, plan.skipped_steps)
+def blocking_copies(
+    components: ModelComponents,
+    mode: Mode,
+    scheduler_name: str,
+    *,
+    guidance_scale: float = 7.5,
+    runs_unet: bool = False,
+    select_timesteps: Callable[..., Timesteps] = sampling.select_timesteps,
+) -> list[str]:
+    """Return those between the UNet's first and last run."""
+    scheduler = build_scheduler(scheduler_name, ScheduleType.AUTOMATIC, components.scheduler_config)
+    with torch.inference_mode(), BlockingCopies() as copies:
+        runner = Runner(copies, runs_unet)
+        generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+        noise = randn(generators, LATENTS[1:], META)
+        init = torch.empty(LATENTS, device=META)
+        timesteps = select_timesteps(scheduler, STEPS, 1.0 if mode is Mode.TXT2IMG else 0.8)
+        sample = sampling.initial_latents(
+            scheduler, timesteps, noise, None if mode is Mode.TXT2IMG else init, SEEDS
+        )
+        known = None
+        if mode is Mode.INPAINT:
+            known = KnownLatents(init, noise, torch.empty(1, 1, 16, 16, device=META))
+        denoiser = denoiser_of(components, runner, guidance_scale)
+        result = sampling.denoise(denoiser, scheduler, timesteps, generators, sample, known)
+    assert result.shape == LATENTS
+    assert len(runner.counts) >= 3
+    return copies.found[runner.counts[0] : runner.counts[-1]]
 
-    def forward(sample, timestep, **others):
-        marks.append(len(watch.waits))
-        if not predicts:
-            return (0.5 * sample,)
-        return passes.run("unet", own["unet"].forward, sample, timestep, **others)
 
-    with torch.inference_mode(), noise.drawn_in_fp32(META), watch:
-        arguments = modes.ARGUMENTS[mode](plan, texts, generators, start)
-        heard = control.listening(forward, [], progress)
-        with stand_ins.given(pipeline, heard, progress):
-            result = pipeline(**arguments, output_type="latent", return_dict=False)[0]
-    assert result.shape == latents.shape
-    assert len(marks) >= 3
-    return watch.waits[marks[0] : marks[-1]]
+def denoiser_of(components, runner, guidance_scale: float) -> CFGDenoiser:
+    width = components.unet.config.cross_attention_dim
+    pooled_width = components.text_encoders["text_encoder_2"].config.projection_dim
+    embeds, pooled = (torch.empty(1, *s, device=META) for s in [(77, width), (pooled_width,)])
+    guidance = GuidanceInterval(guidance_scale, 0, 1) if guidance_scale > 1 else None
+    negative = (embeds, pooled) if guidance else (None, None)
+    prompts = PromptEmbeddings(embeds, pooled, *negative)
+    conditioning = condition(components, prompts, SIZE, len(SEEDS), guidance_scale)
+    return CFGDenoiser(LoadedModel(components, runner), conditioning, guidance)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", DISTINCT)
-def test_nothing_is_waited_for(parts, mode, name):
-    if SCHEDULERS[name].class_name in WAITS:
-        assert (
-            waits_of(parts, mode, name, predicts=False) != []
-        )  # or else it need not be named there
-        return
-    assert waits_of(parts, mode, name, predicts=False) == []
+def test_no_step_waits_for_the_gpu(components, mode, name):
+    synchronizes = SCHEDULERS[name].class_name in SYNCHRONIZING
+    assert bool(blocking_copies(components, mode, name)) == synchronizes
 
 
-@pytest.mark.parametrize("guidance", [1.0, 7.5])
-def test_nothing_is_waited_for_in_the_unet(parts, guidance):
-    assert waits_of(parts, Mode.INPAINT, "K_EULER", guidance=guidance) == []
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+def test_nor_does_the_unet(components, guidance_scale):
+    assert not blocking_copies(
+        components, Mode.INPAINT, "K_EULER", guidance_scale=guidance_scale, runs_unet=True
+    )
 
 
 @pytest.mark.parametrize("name", ["K_EULER", "DDIM"])
-def test_the_watch_sees_what_is_waited_for(parts, name):
-    """Schedulers as diffusers gives them ask a tensor on the device for its value, or copy."""
-    with pytest.raises((AssertionError, NotImplementedError, RuntimeError)):
-        assert waits_of(parts, Mode.INPAINT, name, of=lambda scheduler: scheduler) == []
+def test_timesteps_on_the_device_would_be_waited_for(components, name):
+    def on_device(scheduler, steps, strength):
+        timesteps = sampling.select_timesteps(scheduler, steps, strength)
+        scheduler.set_timesteps(steps, device=META)
+        return replace(timesteps, scheduled=scheduler.timesteps)
+
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"(?i)meta"):
+        blocking_copies(components, Mode.INPAINT, name, select_timesteps=on_device)
 
 
-@pytest.mark.parametrize("name", DISTINCT)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_noise_is_added_as_diffusers_adds_it(engine, name, dtype):
-    config = engine._store.load(MINIATURE_SDXL).scheduler_config
-    generator = torch.Generator().manual_seed(0)
-    samples, drawn = (torch.randn(2, 4, 8, 8, generator=generator).to(dtype) for _ in range(2))
-    results = []
-    for of in (on_the_host, lambda scheduler: scheduler):
-        scheduler = of(build_scheduler(name, ScheduleType.AUTOMATIC, config, (1, 2)))
-        scheduler.set_timesteps(8, device="cpu")
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(3)
-        level = scheduler.timesteps[3 : 3 + 1].repeat(2)
-        results.append(scheduler.add_noise(samples, drawn, level))
-    ours, stock = results
-    assert ours.dtype == stock.dtype == dtype
-    torch.testing.assert_close(ours, stock, rtol=0, atol=0 if dtype is torch.float32 else 2e-3)
-    assert (ours.float() - samples.float()).abs().max() > 0.1
+def test_drawn_noise_would_be_waited_for(components, monkeypatch):
+    """Without the mode that makes schedulers' copies non-blocking."""
+    monkeypatch.setattr(NonBlockingCopies, "__enter__", lambda mode: mode)
+    monkeypatch.setattr(NonBlockingCopies, "__exit__", lambda *error: None)
+    assert blocking_copies(components, Mode.TXT2IMG, "K_EULER_ANCESTRAL")

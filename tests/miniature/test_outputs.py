@@ -13,7 +13,7 @@ from PIL import Image
 import generation.painter
 from generation.passes import Acceleration, Passes
 from generation.sizes import Margins
-from tests.user_weight_fixtures import data_uri, visible_lora
+from tests.helpers.user_weight_fixtures import data_uri, visible_lora
 from tests.comparison import max_difference, nearly_equal
 from weights.miniature.evaluate import FOLDER, load_pipeline
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from generation.base_models import MINIATURE_SDXL
 from generation.prompts import CACHED_TEXTS, MAX_CHUNKS, EmbeddingCache, Texts
 from generation.resolve import resolve
-from tests.user_weight_fixtures import data_uri, word_archive
+from tests.helpers.user_weight_fixtures import data_uri, word_archive
 from tests.requests import REQUEST
 
 TOKENS = 75  # of a chunk, beside its start and end

@@ -1,12 +1,12 @@
-"""Changing weights takes no memory; `python -m tests.miniature.swap_eval` measures its time too."""
+"""Changing weights takes no memory; `python -m tests.evals.swap` measures its time too."""
 
 import subprocess
 import sys
 
-from tests.miniature.swap_eval import MOST_GROWTH
+from tests.evals.swap import MOST_GROWTH
 
 FRESH_PROCESS = """
-from tests.miniature.swap_eval import memory, open_engine
+from tests.evals.swap import memory, open_engine
 with open_engine() as (engine, folder):
     print(memory(engine, folder, swaps=50).growth)
 """

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from tests.user_weight_fixtures import data_uri, visible_lora, word_archive
+from tests.helpers.user_weight_fixtures import data_uri, visible_lora, word_archive
 from tests.fake_hub import COMMIT
 from tests.fake_web import Page, running_web
 from tests.hostile_files import UNFIT

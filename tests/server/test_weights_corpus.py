@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.user_weight_fixtures import visible_lora, word_archive
+from tests.helpers.user_weight_fixtures import visible_lora, word_archive
 from tests.fake_hub import COMMIT
 from tests.fake_web import OTHER_PUBLIC, PUBLIC, Page
 from tests.server.conftest import CogServer, are_alike, wait_for

@@ -1,4 +1,4 @@
-"""What it costs to change weights, on the miniature: `python -m tests.miniature.swap_eval`.
+"""What it costs to change weights, on the miniature: `python -m tests.evals.swap`.
 
 Times are medians; the processor's are the process's own, without what else the machine does.
 """
