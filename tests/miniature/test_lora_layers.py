@@ -1,4 +1,4 @@
-"""Our LoRA layers compute what PEFT's do."""
+"""LoRA layers compute what PEFT's do."""
 
 import pytest
 import torch

@@ -10,7 +10,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file
 from torch import Tensor
 
-from generation.adapters import Adapter, AdapterSlot
+from generation.lora_merger import Adapter, LoraMerger
+from tests.miniature.pipeline_components import from_pipeline, to_pipeline
 from tests.miniature.test_training import CPU, QUICK, Recorder, small_examples
 from tests.packed import tar_members
 from training import export, loop
@@ -86,15 +87,15 @@ def stock() -> StableDiffusionXLPipeline:
 
 
 def test_a_prediction_draws_what_the_training_drew(made, stock):
-    parts = dict(stock.components)
-    modules = {name: parts[name] for name in ("unet", "text_encoder", "text_encoder_2")}
-    weights = read_trained(made.files.archive, "replicate_weights", ModelShapes.of(modules))
+    components = from_pipeline(stock)
+    shapes = ModelShapes.of(components.adaptable())
+    weights = read_trained(made.files.archive, "replicate_weights", shapes)
     prompt = replace_trigger_words(PROMPT, weights.trigger_words)
-    slot = AdapterSlot(parts)
+    merger = LoraMerger(components)
     with torch.inference_mode():
-        without = draw(parts, "a red circle on a blue background")
-        with slot.applied([Adapter(weights, 1.0)]) as own:
-            latents = draw({**parts, **own}, prompt)
+        without = draw(stock.components, "a red circle on a blue background")
+        with merger.applied([Adapter(weights, 1.0)]) as tokenizers:
+            latents = draw({**stock.components, **to_pipeline(components, tokenizers)}, prompt)
     tolerance = 5e-2 if weights.parameters else TOLERANCE  # a whole UNet is in fp16
     assert (latents - made.latents).abs().max() < tolerance
     assert (latents - without).abs().max() > 0.1
@@ -130,11 +131,11 @@ def test_diffusers_draws_from_the_archive_s_lora(made, stock, request):
         pytest.skip("for cog-sdxl's format")
     lora = tar_members(made.files.archive)["lora.safetensors"]
     state = {f"unet.{k}": v for k, v in load_tensors(lora).items()}
-    parts = dict(stock.components)
-    modules = {name: parts[name] for name in ("unet", "text_encoder", "text_encoder_2")}
-    weights = read_trained(made.files.archive, "replicate_weights", ModelShapes.of(modules))
-    with torch.inference_mode(), AdapterSlot(parts).applied([Adapter(weights, 1.0)]):
-        ours = draw(parts, "a red circle")
+    components = from_pipeline(stock)
+    shapes = ModelShapes.of(components.adaptable())
+    weights = read_trained(made.files.archive, "replicate_weights", shapes)
+    with torch.inference_mode(), LoraMerger(components).applied([Adapter(weights, 1.0)]):
+        ours = draw(stock.components, "a red circle")
     pipeline = load_pipeline(FOLDER)
     pipeline.load_lora_weights(state)
     assert (draw(pipeline.components, "a red circle") - ours).abs().max() < TOLERANCE
