@@ -22,6 +22,7 @@ def from_pipeline(pipeline: Any) -> ModelComponents:
         text_encoders=encoders,
         tokenizers={name: getattr(pipeline, TOKENIZERS[name]) for name in encoders},
         scheduler_config=dict(pipeline.scheduler.config),
+        is_sdxl="text_encoder_2" in encoders,
     )
 
 

@@ -20,13 +20,12 @@ import pytest
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from generation import (
-    adapter_manager,
-    conditioning,
     delta_merge,
     engine,
-    lora_merger,
+    lora,
     sampling,
     stages,
+    text_encoding,
     timings,
 )
 from generation.engine import Engine
@@ -66,8 +65,8 @@ certificate = fake_web.certificate
 
 DEFAULT_SEQUENCES = 64
 CACHE_BYTES = 8_000_000  # less than all of FILES: some are read several times
-MERGING = (lora_merger, delta_merge, adapter_manager, engine)
-MODULES = {m.__name__: m for m in (*MERGING, timings, stages, sampling, conditioning)}
+MERGING = (lora, delta_merge, engine)
+MODULES = {m.__name__: m for m in (*MERGING, timings, stages, sampling, text_encoding)}
 FUNCTIONS = {name: functions_of(module) for name, module in MODULES.items()}
 # What no request of these sequences runs, and what most run at their end.
 NEVER = {"set_operator_weights", "replace_base", "load", "_generate_control_maps", "__init__"}
@@ -153,7 +152,7 @@ def fresh(folder) -> dict[str, list[np.ndarray]]:
 @pytest.fixture(scope="module")
 def subjects(folder, fresh) -> dict[bool, Subject]:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(adapter_manager, "MEMORY_BYTES", CACHE_BYTES)
+        monkeypatch.setattr(lora, "MEMORY_BYTES", CACHE_BYTES)
         return {operators: _subject(folder, operators) for operators in (False, True)}
 
 
@@ -227,7 +226,7 @@ def _draw_action(rng: random.Random, operators: bool) -> tuple:
 
 
 def _draw_moment(rng: random.Random, names: set[str]) -> Moment:
-    module = rng.choice([*(m.__name__ for m in MERGING), lora_merger.__name__, *MODULES])
+    module = rng.choice([*(m.__name__ for m in MERGING), lora.__name__, *MODULES])
     functions = {f: n for f, n in FUNCTIONS[module].items() if f.rpartition(".")[2] in names}
     function, length = rng.choice(list(functions.items()))
     return module, function, rng.randint(1, round(length * LOOPS ** rng.random()))

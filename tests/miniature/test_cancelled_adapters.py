@@ -1,13 +1,14 @@
-"""Cancelled at any instruction of lora_merger.py, the next request has its adapters alone."""
+"""Cancelled at any instruction of lora.py, the next request has its adapters alone."""
 
 import itertools
 
 import pytest
 import torch
 
-from generation import lora_merger
+from generation import lora
 from generation.engine import Engine
-from generation.lora_merger import Adapter, LoraMerger
+from generation.adapters import Adapter
+from generation.lora import LoraMerger
 from models.components import ModelComponents
 from tests.miniature.isolation import Cancelled, failing_in
 from tests.miniature.pipeline_components import components_in
@@ -83,7 +84,7 @@ def test_cancelled_anywhere(components, keep, after):
         caught = []
         try:
             with (
-                failing_in(lora_merger, None, count, Cancelled) as struck,
+                failing_in(lora, None, count, Cancelled) as struck,
                 merger.applied(first, keep),
             ):
                 pass

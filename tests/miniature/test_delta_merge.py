@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from generation import delta_merge, lora_merger
+from generation import delta_merge
+from generation import lora as lora_module
+from generation.adapters import Adapter
 from generation.delta_merge import BatchedDelta, DeltaCache, SingleDelta, merge_delta
-from generation.lora_merger import Adapter, LoraMerger
+from generation.lora import LoraMerger
 from models.components import ModelComponents
 from tests.miniature.isolation import Cancelled, failing_in
 from tests.trained_files import kohya_tensors, matrices, miniature_shapes, model_parts, read_tensors
@@ -57,7 +59,7 @@ def lora(seed=0, rank=2, dtype=torch.float32, dora=(), shapes=SHAPES, **alphas) 
 
 
 def merger_of(module) -> LoraMerger:
-    return LoraMerger(ModelComponents(module, None, {}, {}, {}))
+    return LoraMerger(ModelComponents(module, None, {}, {}, {}, is_sdxl=False))
 
 
 def values(module) -> list[tuple[bytes, int]]:
@@ -149,7 +151,7 @@ def test_the_miniature_takes_few_operations_too(tmp_path):
 
 @pytest.mark.parametrize(
     ("module_struck", "is_accelerator"),
-    [(lora_merger, True), (delta_merge, False), (delta_merge, True)],
+    [(lora_module, True), (delta_merge, False), (delta_merge, True)],
     ids=["merger", "batches", "cached batches"],
 )
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from PIL import Image
 
 from generation.base_models import BASE_MODEL_NAMES, BASE_MODELS
 from generation.engine import Engine
-from generation.lora_merger import LoraMerger
+from generation.lora import LoraMerger
 from generation.stages import StageSampler
 from models.cache import LoadedModel, ModelCache
 from tests.comparison import max_difference, nearly_equal

@@ -19,7 +19,7 @@ from generation.conditioning import PromptEmbeddings, condition
 from generation.latents import NonBlockingCopies, randn
 from generation.plan import Mode
 from generation.sampling import CFGDenoiser, GuidanceInterval, KnownLatents, Timesteps
-from generation.schedulers import SCHEDULERS, ScheduleType, build_scheduler
+from generation.schedulers import SCHEDULERS, ScheduleType
 from models.cache import LoadedModel
 from models.components import ModelComponents
 from tests.miniature.pipeline_components import components_in
@@ -84,7 +84,9 @@ def blocking_copies(
     select_timesteps: Callable[..., Timesteps] = sampling.select_timesteps,
 ) -> list[str]:
     """Return those between the UNet's first and last run."""
-    scheduler = build_scheduler(scheduler_name, ScheduleType.AUTOMATIC, components.scheduler_config)
+    scheduler = sampling.build_scheduler(
+        scheduler_name, ScheduleType.AUTOMATIC, components.scheduler_config
+    )
     with torch.inference_mode(), BlockingCopies() as copies:
         runner = Runner(copies, runs_unet)
         generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
@@ -112,7 +114,7 @@ def denoiser_of(components, runner, guidance_scale: float) -> CFGDenoiser:
     negative = (embeds, pooled) if guidance else (None, None)
     prompts = PromptEmbeddings(embeds, pooled, *negative)
     conditioning = condition(components, prompts, SIZE, len(SEEDS), guidance_scale)
-    return CFGDenoiser(LoadedModel(components, runner), conditioning, guidance)
+    return CFGDenoiser(LoadedModel(components, runner, META, torch.float32), conditioning, guidance)
 
 
 @pytest.mark.parametrize("mode", MODES)

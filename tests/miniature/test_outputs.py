@@ -21,6 +21,7 @@ from weights.miniature.evaluate import FOLDER, load_pipeline
 
 SMALL = {"width": 64, "height": 72, "num_inference_steps": 3, "guidance_scale": 4.5, "seed": 77}
 SMALL["embed_parameters"] = True
+CPU = torch.device("cpu")
 LINE = re.compile(r'(\w[\w \-/]+): ("(?:\\.|[^\\"])+"|[^,]*)(?:, |$)')
 
 
@@ -93,7 +94,9 @@ def test_decoded_images_equal_diffusers():
     pipeline = load_pipeline(FOLDER)
     latents = torch.randn(2, 4, 8, 9, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        model = LoadedModel(from_pipeline(pipeline), CUDAGraphRunner(ExecutionConfig()))
+        model = LoadedModel(
+            from_pipeline(pipeline), CUDAGraphRunner(ExecutionConfig()), CPU, torch.float32
+        )
         ours = decode_latents(model, latents)
         pixels = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
     stock = VaeImageProcessor().postprocess(pixels, output_type="pil")

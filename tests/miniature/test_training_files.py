@@ -10,7 +10,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file
 from torch import Tensor
 
-from generation.lora_merger import Adapter, LoraMerger
+from generation.adapters import Adapter
+from generation.lora import LoraMerger
 from tests.miniature.pipeline_components import from_pipeline, to_pipeline
 from tests.miniature.test_training import CPU, QUICK, Recorder, small_examples
 from tests.packed import tar_members

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from generation.lora_merger import Adapter, LoraMerger
+from generation.adapters import Adapter
+from generation.lora import LoraMerger
 from tests.miniature import concept
 from tests.miniature.pipeline_components import from_pipeline, to_pipeline
 from training import loop

@@ -9,7 +9,8 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 
 from generation import delta_merge
-from generation.lora_merger import Adapter, LoraMerger, with_unique_placeholder_tokens
+from generation.adapters import Adapter, with_unique_placeholder_tokens
+from generation.lora import LoraMerger
 from models.components import ModelComponents
 from tests.miniature.pipeline_components import components_in, to_pipeline
 from tests.trained_files import cog_members, kohya_tensors, tar_bytes
