@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from generation import lora
-from generation.engine import Engine
 from generation.adapters import Adapter
+from generation.engine import Engine
 from generation.lora import LoraMerger
 from models.components import ModelComponents
 from tests.miniature.isolation import Cancelled, failing_in
