@@ -34,7 +34,7 @@ from preprocess.annotators import Detectors
 from weights import cache
 from weights.catalog import Edition
 from weights.edition import Device
-from weights.references import Source, Tokens, parse_operator_source
+from weights.user.parse import Source, Tokens, parse_operator_source
 
 
 @dataclass(frozen=True)

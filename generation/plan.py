@@ -15,7 +15,7 @@ from generation.options import (
 )
 from generation.schedulers import ScheduleType
 from generation.sizes import Margins, Size
-from weights.references import Source, Tokens
+from weights.user.parse import Source, Tokens
 
 BASE_IMAGE_STRENGTH = 0.3  # replicate/cog-sdxl: diffusers' default for image-to-image
 

@@ -47,7 +47,7 @@ from generation.sizes import (
 )
 from preprocess.annotators import AnnotatorSettings
 from preprocess.images import MAX_IMAGE_PIXELS
-from weights.references import Tokens, parse_source, shown
+from weights.user.parse import Tokens, parse_source, shown
 
 T = TypeVar("T")
 

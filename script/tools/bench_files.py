@@ -33,11 +33,11 @@ class Row:
 def rows(side: int) -> list[Row]:
     """The work, on a picture of `side` x `side` pixels."""
     import torch
+    from generation.encode import encode
     from imwatermark.maxDct import EmbedMaxDct
     from PIL import Image
 
     from generation import watermark
-    from generation.encode import encode
     from generation.options import OutputFormat
 
     torch.set_num_threads(1)

@@ -113,8 +113,8 @@ class HollowDiffusers(Diffusers):
 
     def _load(self) -> Any:  # noqa: ANN401
         import diffusers
-
         from generation.pipelines import PIPELINE_CLASSES, SETTINGS
+
         from generation.plan import Mode
         from script.tools import hollow, random_sdxl
 

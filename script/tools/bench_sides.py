@@ -46,7 +46,7 @@ class Ours:
         self, model: str, more: dict[str, Any], control_picture: Path, lora: Path | None
     ) -> None:
         """`lora` is in every picture, as the operator's weights."""
-        from script.tools.schema import document
+        from script.tools.openapi import document
 
         self._more, self._control_picture = more, control_picture
         self.predictor = self._set_up(model, lora)

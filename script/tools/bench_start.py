@@ -114,7 +114,7 @@ def _own_inputs() -> dict[str, Any]:
     from script.tools.arguments import parse_inputs
     from script.tools.bench_sides import PLAIN, ROOT
     from script.tools.bench_workloads import PROMPT
-    from script.tools.schema import document
+    from script.tools.openapi import document
 
     asked = {"prompt": PROMPT, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "seed": 0}
     flags = [f"{name}={value}" for name, value in (asked | PLAIN).items()]

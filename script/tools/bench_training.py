@@ -91,6 +91,7 @@ def train_ours(turns: Turns, cpu: bool, size: int, steps: int, compiled: bool = 
             turns.tell(event.loss)
 
     config = TrainConfig(
+        input_images=Path(),
         seed=0,
         resolution=size,
         max_train_steps=steps,
@@ -102,7 +103,7 @@ def train_ours(turns: Turns, cpu: bool, size: int, steps: int, compiled: bool = 
         verbose=False,
     )
     with TemporaryDirectory() as folder:
-        loop.fit(examples, (), config, trainable, Path(folder), listen, None)
+        loop.fit(examples, (), config, trainable, Path(folder), listen)
 
 
 def train_peer(turns: Turns, cpu: bool, size: int, steps: int) -> None:
@@ -113,7 +114,7 @@ def train_peer(turns: Turns, cpu: bool, size: int, steps: int) -> None:
 
     torch.manual_seed(0)
     trainable, examples = subject(cpu, size)
-    latents = encode(trainable.vae, examples, False)
+    latents = encode(trainable.components.vae, examples, False)
     peer = PeerTraining(trainable, latents, BATCH, RANK, steps)
     peer.run(lambda step, loss: turns.tell(loss))
 
@@ -124,7 +125,7 @@ def subject(cpu: bool, size: int) -> tuple[TrainableModel, list[Example]]:
     import torch
     from PIL import Image
 
-    from training import base_models
+    from training.config import TRAINABLE_MODELS, Method
     from training.dataset import Example
     from training.model import load
     from weights.catalog import Edition
@@ -141,8 +142,8 @@ def subject(cpu: bool, size: int) -> tuple[TrainableModel, list[Example]]:
     if not cpu:
         return _random_sdxl(), examples
     device = torch.device("cpu")
-    spec = base_models.MINIATURE_SDXL
-    return load(spec, Edition.MINIATURE, device, base_models.Method.LORA), examples
+    spec = TRAINABLE_MODELS[Edition.MINIATURE]
+    return load(spec, Edition.MINIATURE, device, Method.LORA), examples
 
 
 def _random_sdxl() -> TrainableModel:
@@ -150,24 +151,24 @@ def _random_sdxl() -> TrainableModel:
     import torch
     from diffusers import DDPMScheduler
 
+    from models.components import TOKENIZERS, ModelComponents
     from script.tools import random_sdxl
-    from training import base_models
+    from training.config import TRAINABLE_MODELS
     from training.model import TrainableModel
-    from weights.trained_types import TEXT_ENCODERS
+    from weights.catalog import Edition
 
     device, dtype = torch.device("cuda"), torch.bfloat16
     parts = random_sdxl.build_parts(device, dtype)
     return TrainableModel(
-        spec=base_models.SDXL,
-        unet=parts["unet"],
-        vae=parts["vae"].float(),
-        text_encoders={part: parts[part] for part in TEXT_ENCODERS},
-        tokenizers={
-            "text_encoder": parts["tokenizer"],
-            "text_encoder_2": parts["tokenizer_2"],
-        },
-        noising=DDPMScheduler.from_config(random_sdxl.SCHEDULER_CONFIG),
-        scheduler_config=random_sdxl.SCHEDULER_CONFIG,
+        spec=TRAINABLE_MODELS[Edition.FULL],
+        components=ModelComponents(
+            unet=parts["unet"],
+            vae=parts["vae"].float(),
+            text_encoders={name: parts[name] for name in TOKENIZERS},
+            tokenizers={name: parts[tokenizer] for name, tokenizer in TOKENIZERS.items()},
+            scheduler_config=random_sdxl.SCHEDULER_CONFIG,
+        ),
+        noise_scheduler=DDPMScheduler.from_config(random_sdxl.SCHEDULER_CONFIG),
         device=device,
         unet_dtype=dtype,
     )

@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from generation.passes import Acceleration, Replay
+from generation.pipelines import SETTINGS, LoadedModel, PipelineStore
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
 from generation.base_models import BaseModel, BaseModelSpec
-from generation.passes import Acceleration, Replay
-from generation.pipelines import SETTINGS, LoadedModel, PipelineStore
 from script.tools import random_models, random_sdxl
 from weights.catalog import Edition
 

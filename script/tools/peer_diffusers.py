@@ -135,7 +135,8 @@ def _merge(pipeline: Any, file: Path) -> None:  # noqa: ANN401
     """
     import torch
 
-    from weights.trained import ModelShapes, read_trained
+    from weights.formats.read import read_trained
+    from weights.formats.types import ModelShapes
 
     lora = read_trained(file, file.name, ModelShapes.of({"unet": pipeline.unet})).lora
     for path, delta in lora.items():

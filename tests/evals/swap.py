@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 
 from generation.engine import Engine
+from tests.helpers.request import REQUEST
 from tests.miniature.request_pool import FILES, data_url, with_references, write_files
-from tests.requests import REQUEST
 from weights.catalog import Edition
 
 STEPS = 20

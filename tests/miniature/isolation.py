@@ -21,8 +21,8 @@ from generation.base_models import MINIATURE_SDXL
 from generation.engine import Engine
 from generation.errors import OutOfDeviceMemory
 from models.components import ModelComponents
+from tests.helpers.request import REQUEST
 from tests.miniature.pipeline_components import to_pipeline
-from tests.requests import REQUEST
 
 STEPS = 3
 UNET = ("UNet2DConditionModel",)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save, save_file
 
 from generation.base_models import MINIATURE_SDXL
 from generation.engine import Engine
-from tests.miniature.stock import (
+from tests.miniature.reference_pipelines import (
     COG_ARCHIVE,
     COG_LORA,
     COG_MEMBERS,

@@ -18,7 +18,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
-from tests.miniature.stock import (
+from tests.miniature.reference_pipelines import (
     COG_ARCHIVE,
     COG_MEMBERS,
     COG_WORDS,

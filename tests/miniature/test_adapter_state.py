@@ -31,8 +31,8 @@ from generation import (
 from generation.engine import Engine
 from generation.errors import OutOfDeviceMemory
 from tests import fake_web
-from tests.comparison import nearly_equal
 from tests.fake_web import FakeWeb, Page
+from tests.helpers.comparison import nearly_equal
 from tests.miniature.isolation import (
     ERRORS,
     EVERY_MODEL,

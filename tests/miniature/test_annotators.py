@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from skimage import data
 
-from generation.canvas import cover_crop
+from generation.crop import cover_crop
 from preprocess import annotators
 from preprocess.annotators import ANNOTATORS, AnnotatorSettings, Detectors, annotate, is_empty
-from tests.comparison import max_difference
 from tests.detector_weights import write
+from tests.helpers.comparison import max_difference
 from weights import cache
 from weights.catalog import Edition
 from weights.edition import resolve_device

@@ -554,17 +554,17 @@ def test_a_side_waits_for_its_turn():
 def test_the_peer_trains_its_lora_and_its_word():
     torch.manual_seed(0)
     model, examples = bench_training.subject(True, 128)
-    peer = PeerTraining(model, encode(model.vae, examples, False), 4, 32, 4)
+    peer = PeerTraining(model, encode(model.components.vae, examples, False), 4, 32, 4)
     before = {
         part: encoder.get_input_embeddings().weight.detach().clone()
-        for part, encoder in model.text_encoders.items()
+        for part, encoder in model.components.text_encoders.items()
     }
     told = []
     peer.run(lambda step, loss: told.append(step))
     assert told == [1, 2, 3, 4]
     for processor in model.unet.attn_processors.values():
         assert processor.to_q_lora.up.weight.abs().max() > 0
-    for part, encoder in model.text_encoders.items():
+    for part, encoder in model.components.text_encoders.items():
         table = encoder.get_input_embeddings().weight
         assert len(table) == len(before[part]) + 2
         assert torch.equal(table[:-2], before[part])

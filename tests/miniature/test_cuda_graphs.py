@@ -9,11 +9,11 @@ from generation.controlnets import ControlRequest
 from models import cuda_graphs
 from models.compile import Compiler
 from models.cuda_graphs import CUDAGraphRunner, ExecutionConfig
-from tests.comparison import max_difference
+from tests.helpers.comparison import max_difference
 from tests.helpers.fake_graph_capture import FakeGraphCapture
+from tests.helpers.request import NO_CONTROL
 from tests.miniature.pipeline_components import components_in
-from tests.miniature.stock import MODES
-from tests.requests import NO_CONTROL
+from tests.miniature.reference_pipelines import MODES
 from weights.edition import has_compiler
 
 STEPS = 3

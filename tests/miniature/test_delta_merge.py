@@ -18,7 +18,7 @@ from generation.lora import LoraMerger
 from models.components import ModelComponents
 from tests.miniature.isolation import Cancelled, failing_in
 from tests.trained_files import kohya_tensors, matrices, miniature_shapes, model_parts, read_tensors
-from weights.trained import LoraDelta, Pooling, TrainedWeights
+from weights.formats.types import LoraDelta, Pooling, TrainedWeights
 
 ROUNDING = 1e-6  # of fp32, relative to the largest value
 SHAPES = {"linear": (6, 8), "other": (6, 8), "wide": (12, 8), "conv": (6, 4, 3, 3), "again": (6, 8)}

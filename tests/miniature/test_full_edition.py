@@ -11,7 +11,7 @@ from generation.base_models import SDXL
 from generation.engine import Engine
 from generation.errors import InvalidRequest
 from models.cache import LoadedControlNet, ModelCache
-from tests.comparison import nearly_equal
+from tests.helpers.comparison import nearly_equal
 from weights import cache
 from weights.catalog import CATALOG, Edition
 from weights.miniature.evaluate import FOLDER

@@ -11,12 +11,13 @@ from generation.controlnets import ControlRequest
 from generation.engine import Engine
 from generation.safety import SafetyChecker
 from models.cuda_graphs import CUDAGraphRunner
-from tests.miniature import concept, safety_bars
+from tests.evals import safety
+from tests.helpers.request import NO_CONTROL
+from tests.miniature import concept
 from tests.miniature import training_bars as bars
-from tests.miniature.stock import COG_ARCHIVE, MODES, TYPED
-from tests.requests import NO_CONTROL
-from training import learner, loop
-from training.base_models import MINIATURE_SDXL, Method
+from tests.miniature.reference_pipelines import COG_ARCHIVE, MODES, TYPED
+from training import loop, trainables
+from training.config import TRAINABLE_MODELS, Method
 from training.model import load
 from training.progress import StepDone
 from weights.catalog import Edition
@@ -117,7 +118,7 @@ def test_the_safety_models_agree_in_fp16(gpu):
     here = gpu._postprocessor.load_safety_checker()
     there = SafetyChecker(Edition.MINIATURE, torch.device("cpu"), torch.float32)
     for shape, background in (("star", "red"), ("star", "orange"), ("heart", "red")):
-        images = safety_bars.drawn(shape, background)
+        images = safety.drawn(shape, background)
         for opinion in ("flagged", "confirmed"):
             ours, expected = (np.array(getattr(c, opinion)(images)) for c in (here, there))
             assert (ours != expected).mean() <= 0.02
@@ -125,16 +126,17 @@ def test_the_safety_models_agree_in_fp16(gpu):
 
 def losses(tmp_path, **changes) -> list[float]:
     """Return the losses of 16 steps; half of them also train the new tokens."""
-    model = load(MINIATURE_SDXL, Edition.MINIATURE, torch.device("cuda"), Method.LORA)
+    spec, device = TRAINABLE_MODELS[Edition.MINIATURE], torch.device("cuda")
+    model = load(spec, Edition.MINIATURE, device, Method.LORA)
     config = replace(bars.CONFIG, max_train_steps=16, lora_lr=3e-3, **changes)
     events = []
-    loop.fit(concept.examples(), (), config, model, tmp_path, events.append, None)
+    loop.fit(concept.examples(), (), config, model, tmp_path, events.append)
     return [event.loss for event in events if isinstance(event, StepDone)]
 
 
 def test_a_replayed_training_is_the_eager_one(tmp_path, monkeypatch):
     replayed = losses(tmp_path / "replayed")
-    monkeypatch.setattr(learner, "_replays", lambda model, plan: False)
+    monkeypatch.setattr(trainables, "_uses_cuda_graphs", lambda model, plan: False)
     eager = losses(tmp_path / "eager")
     assert replayed == pytest.approx(eager, rel=0.01)
     assert losses(tmp_path / "other", lora_rank=2) != pytest.approx(eager, rel=0.01)

@@ -1,6 +1,6 @@
 """After any requests and errors, the next request's image equals that of a fresh process.
 
-To one step of 255: where memory lies depends on what came before (tests/comparison.py).
+To one step of 255: where memory lies depends on what came before (tests/helpers/comparison.py).
 """
 
 import itertools
@@ -21,7 +21,7 @@ from generation.engine import Engine
 from generation.errors import GenerationError, InvalidRequest
 from generation.sizes import Margins
 from preprocess.errors import BadPicture
-from tests.comparison import nearly_equal
+from tests.helpers.comparison import nearly_equal
 from tests.miniature.isolation import (
     ERRORS,
     EVERY_MODEL,

@@ -14,8 +14,9 @@ from generation.lora import LoraMerger
 from models.components import ModelComponents
 from tests.miniature.pipeline_components import components_in, to_pipeline
 from tests.trained_files import cog_members, kohya_tensors, tar_bytes
+from weights.formats.read import read_trained
+from weights.formats.types import ModelShapes, Pooling
 from weights.miniature.evaluate import FOLDER
-from weights.trained import ModelShapes, Pooling, read_trained
 from weights.trigger_words import replace_trigger_words
 
 PROMPT = "a large red circle on a blue background"

@@ -3,7 +3,7 @@
 import psutil
 import pytest
 
-from tests.miniature.stock import COG_ARCHIVE, TYPED
+from tests.miniature.reference_pipelines import COG_ARCHIVE, TYPED
 
 REQUESTS, WARM = 500, 100
 MAX_GROWTH = 16_000_000  # bytes, after the warm-up

@@ -17,12 +17,12 @@ from generation.engine import Engine
 from generation.lora import LoraMerger
 from generation.stages import StageSampler
 from models.cache import LoadedModel, ModelCache
-from tests.comparison import max_difference, nearly_equal
-from tests.miniature.stock import COG_ARCHIVE, TYPED, lora_file
+from tests.helpers.comparison import max_difference, nearly_equal
+from tests.miniature.reference_pipelines import COG_ARCHIVE, TYPED, lora_file
 from weights import cache, edition
 from weights.catalog import Edition
 from weights.errors import WrongSetting
-from weights.trained import ModelShapes
+from weights.formats.types import ModelShapes
 
 MODELS = BASE_MODELS[Edition.MINIATURE]
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ from generation.schedulers import SCHEDULERS, ScheduleType
 from models.cache import LoadedModel
 from models.components import ModelComponents
 from tests.miniature.pipeline_components import components_in
-from tests.miniature.stock import DISTINCT
+from tests.miniature.reference_pipelines import DISTINCT
 
 META = torch.device("meta")
 SEEDS, STEPS, SIZE = (1, 2), 5, (128, 128)

@@ -14,7 +14,7 @@ from generation.latents import decode_latents
 from generation.sizes import Margins
 from models.cache import LoadedModel
 from models.cuda_graphs import CUDAGraphRunner, ExecutionConfig
-from tests.comparison import max_difference, nearly_equal
+from tests.helpers.comparison import max_difference, nearly_equal
 from tests.helpers.user_weight_fixtures import data_uri, visible_lora
 from tests.miniature.pipeline_components import from_pipeline
 from weights.miniature.evaluate import FOLDER, load_pipeline

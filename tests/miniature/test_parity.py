@@ -4,12 +4,12 @@ import diffusers
 import pytest
 import torch
 
-from tests.comparison import max_difference
-from tests.miniature.stock import STOCK
+from tests.helpers.comparison import max_difference
+from tests.miniature.reference_pipelines import REFERENCE_SCHEDULERS
 from weights.miniature.evaluate import FOLDER as WEIGHTS
 from weights.miniature.evaluate import load_pipeline
 
-COG_SDXLS = list(STOCK)[:7]  # test_schedulers.py compares the others
+COG_SDXLS = list(REFERENCE_SCHEDULERS)[:7]  # test_schedulers.py compares the others
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def stock():
 @pytest.mark.parametrize("name", COG_SDXLS)
 @pytest.mark.parametrize(("guidance", "width"), [(7.5, 64), (1.0, 64), (5.0, 96)])
 def test_equal_to_the_stock_pipeline(stock, make, name, guidance, width):
-    scheduler_class, overrides = STOCK[name]
+    scheduler_class, overrides = REFERENCE_SCHEDULERS[name]
     pristine = diffusers.EulerDiscreteScheduler.load_config(WEIGHTS / "scheduler")
     stock.scheduler = scheduler_class.from_config(pristine, **overrides)
     arguments = {
@@ -32,7 +32,7 @@ def test_equal_to_the_stock_pipeline(stock, make, name, guidance, width):
         "guidance_scale": guidance,
     }
     seen = []
-    picture = stock(
+    image = stock(
         **arguments,
         generator=torch.Generator("cpu").manual_seed(5),
         callback_on_step_end=lambda _, step, t, given: seen.append(given["latents"]) or given,
@@ -40,4 +40,4 @@ def test_equal_to_the_stock_pipeline(stock, make, name, guidance, width):
 
     ours = make(scheduler=name, guidance_scale=guidance, width=width, height=64, seed=5)
     assert torch.allclose(ours.latents, seen[-1], atol=1e-4, rtol=0)
-    assert max_difference(ours.pictures[0], picture) <= 1
+    assert max_difference(ours.images[0], image) <= 1

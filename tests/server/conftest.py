@@ -27,7 +27,7 @@ import pytest
 from PIL import Image
 
 from tests import fake_web
-from tests.comparison import nearly_equal
+from tests.helpers.comparison import nearly_equal
 from tests.server.internet import Internet, running_internet
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from generation.outputs import SERVER_LEFTOVERS
-from tests.comparison import max_difference
+from tests.helpers.comparison import max_difference
 from tests.server.conftest import picture, png_bytes
 from weights.miniature.world import Expectation, judge
 

@@ -11,7 +11,7 @@ from generation.controlnets import CHOICES, CONTROLNETS, ControlRequest, control
 from generation.errors import InvalidRequest
 from generation.resolve import resolve
 from preprocess.annotators import ANNOTATORS
-from tests.requests import NO_CONTROL, REQUEST
+from tests.helpers.request import NO_CONTROL, REQUEST
 from weights.catalog import CATALOG, Edition
 
 FULL = BASE_MODELS[Edition.FULL]
