@@ -17,10 +17,10 @@ from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedTokenizerBase
 
-from generation.base_models import MINIATURE_SDXL
 from generation.engine import Engine
 from generation.errors import OutOfDeviceMemory
 from models.components import ModelComponents
+from tests.helpers.engines import base_model, refiner
 from tests.helpers.request import REQUEST
 from tests.miniature.pipeline_components import to_pipeline
 
@@ -56,12 +56,9 @@ def fingerprint(engine: Engine) -> dict[str, str]:
 
     Of parameters, buffers, settings, modes and vocabularies.
     """
-    spec = MINIATURE_SDXL
-    base = engine._models.base_model(spec.weights, spec.components_from)
-    refiner = engine._models.refiner(spec.refiner.weights, spec.weights, base)
     return {
         f"{model} {part}": _hash(content)
-        for model, loaded in (("base", base), ("refiner", refiner))
+        for model, loaded in (("base", base_model(engine)), ("refiner", refiner(engine)))
         for part, content in _contents(loaded.components).items()
     }
 

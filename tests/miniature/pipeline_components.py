@@ -3,14 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from generation.base_models import MINIATURE_SDXL, BaseModelSpec
-from generation.engine import Engine
 from models.components import TOKENIZERS, ModelComponents
-
-
-def components_in(engine: Engine, spec: BaseModelSpec = MINIATURE_SDXL) -> ModelComponents:
-    """Return an engine's components of a base model, loaded where they are not."""
-    return engine._models.base_model(spec.weights, spec.components_from).components
 
 
 def from_pipeline(pipeline: Any) -> ModelComponents:

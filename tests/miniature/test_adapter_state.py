@@ -33,6 +33,7 @@ from generation.errors import OutOfDeviceMemory
 from tests import fake_web
 from tests.fake_web import FakeWeb, Page
 from tests.helpers.comparison import nearly_equal
+from tests.helpers.engines import base_model
 from tests.miniature.isolation import (
     ERRORS,
     EVERY_MODEL,
@@ -44,7 +45,6 @@ from tests.miniature.isolation import (
     functions_of,
     images_of,
 )
-from tests.miniature.pipeline_components import components_in
 from tests.miniature.request_pool import (
     FILES,
     NAMED,
@@ -167,7 +167,7 @@ def _subject(folder: Path, operators: bool) -> Subject:
 def _storages(engine: Engine) -> dict[str, int]:
     return {
         f"{part}.{name}": parameter.data_ptr()
-        for part, network in components_in(engine).adaptable().items()
+        for part, network in base_model(engine).components.adaptable().items()
         for name, parameter in network.named_parameters()
     }
 

@@ -10,8 +10,8 @@ from generation.adapters import Adapter
 from generation.engine import Engine
 from generation.lora import LoraMerger
 from models.components import ModelComponents
+from tests.helpers.engines import base_model
 from tests.miniature.isolation import Cancelled, failing_in
-from tests.miniature.pipeline_components import components_in
 from weights.catalog import Edition
 from weights.formats.types import LoraDelta, Pooling, TokenVectors, TrainedWeights
 
@@ -21,7 +21,7 @@ BIAS = "unet.conv_in.bias"
 
 @pytest.fixture(scope="module")
 def components() -> ModelComponents:
-    return components_in(Engine(Edition.MINIATURE, "cpu"))
+    return base_model(Engine(Edition.MINIATURE, "cpu")).components
 
 
 def adapter(components, seed: int, pooling: Pooling) -> Adapter:

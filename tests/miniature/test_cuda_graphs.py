@@ -10,9 +10,9 @@ from models import cuda_graphs
 from models.compile import Compiler
 from models.cuda_graphs import CUDAGraphRunner, ExecutionConfig
 from tests.helpers.comparison import max_difference
+from tests.helpers.engines import base_model
 from tests.helpers.fake_graph_capture import FakeGraphCapture
 from tests.helpers.request import NO_CONTROL
-from tests.miniature.pipeline_components import components_in
 from tests.miniature.reference_pipelines import MODES
 from weights.edition import has_compiler
 
@@ -82,7 +82,7 @@ def test_python_no_longer_runs_once_all_is_captured(generate, execute, engine):
     for _ in range(2):
         generate("txt2img")
     calls = []
-    components = components_in(engine)
+    components = base_model(engine).components
     handles = [
         module.register_forward_pre_hook(lambda *_: calls.append(1))
         for module in (components.unet.conv_in, components.vae.decoder)

@@ -12,7 +12,8 @@ from generation import delta_merge
 from generation.adapters import Adapter, with_unique_placeholder_tokens
 from generation.lora import LoraMerger
 from models.components import ModelComponents
-from tests.miniature.pipeline_components import components_in, to_pipeline
+from tests.helpers.engines import base_model
+from tests.miniature.pipeline_components import to_pipeline
 from tests.trained_files import cog_members, kohya_tensors, tar_bytes
 from weights.formats.read import read_trained
 from weights.formats.types import ModelShapes, Pooling
@@ -24,7 +25,7 @@ PROMPT = "a large red circle on a blue background"
 
 @pytest.fixture(scope="module")
 def components(engine) -> ModelComponents:
-    return components_in(engine)
+    return base_model(engine).components
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from generation.sampling import CFGDenoiser, GuidanceInterval, KnownLatents, Tim
 from generation.schedulers import SCHEDULERS, ScheduleType
 from models.cache import LoadedModel
 from models.components import ModelComponents
-from tests.miniature.pipeline_components import components_in
+from tests.helpers.engines import base_model
 from tests.miniature.reference_pipelines import DISTINCT
 
 META = torch.device("meta")
@@ -67,7 +67,7 @@ class Runner:
 
 @pytest.fixture(scope="module")
 def components(engine) -> ModelComponents:
-    loaded = components_in(engine)
+    loaded = base_model(engine).components
     with META:
         unet = diffusers.UNet2DConditionModel.from_config(loaded.unet.config).eval()
         vae = diffusers.AutoencoderKL.from_config(loaded.vae.config).eval()
