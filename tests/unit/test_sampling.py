@@ -27,7 +27,7 @@ from weights.miniature.evaluate import FOLDER
 
 CONFIG = read_scheduler_config(FOLDER)
 ORDERS = ["K_EULER", "DDIM", "HeunDiscrete", "DPM2 a"]  # of first order, then of second
-STRENGTHS = [1.0, 0.8, 0.55, 0.3]
+STRENGTHS = [1.0, 0.8, 0.55, 0.35]
 SHAPE = (2, 4, 8, 8)
 
 
