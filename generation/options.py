@@ -268,6 +268,11 @@ class GenerationRequest:
     return_control_maps: bool = option(False, "Also return the control maps, before the images.")
     control_maps_only: bool = option(False, "Return only the control maps and generate no images.")
 
+    @property
+    def returns_control_maps(self) -> bool:
+        """Whether control maps are returned, with or without images."""
+        return self.return_control_maps or self.control_maps_only
+
     @classmethod
     def from_inputs(cls, **values: object) -> "GenerationRequest":
         """Build the request from the arguments that Cog passes. Raises InvalidRequest."""

@@ -87,6 +87,7 @@ def load(
         text_encoders={name: load_text_encoder(folder, name, frozen) for name in TOKENIZERS},
         tokenizers=load_tokenizers(folder),
         scheduler_config=scheduler_config,
+        is_sdxl=True,
     )
     for module in components.modules():
         module.to(device).requires_grad_(False)

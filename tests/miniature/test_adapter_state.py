@@ -226,9 +226,17 @@ def _draw_action(rng: random.Random, operators: bool) -> tuple:
 
 
 def _draw_moment(rng: random.Random, names: set[str]) -> Moment:
-    module = rng.choice([*(m.__name__ for m in MERGING), lora.__name__, *MODULES])
-    functions = {f: n for f, n in FUNCTIONS[module].items() if f.rpartition(".")[2] in names}
-    function, length = rng.choice(list(functions.items()))
+    found = {
+        module: [(f, n) for f, n in functions.items() if f.rpartition(".")[2] in names]
+        for module, functions in FUNCTIONS.items()
+    }
+    modules = [
+        *(module.__name__ for module in MERGING),
+        lora.__name__,
+        *MODULES,
+    ]  # these more often
+    module = rng.choice([module for module in modules if found[module]])
+    function, length = rng.choice(found[module])
     return module, function, rng.randint(1, round(length * LOOPS ** rng.random()))
 
 
