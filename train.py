@@ -10,6 +10,11 @@ import tempfile
 from pathlib import Path as LocalPath
 from typing import List, Optional  # noqa: UP035  the spelling that every version of Cog's parser reads
 
+# Imported here, although only trainings use it. Cog runs each training on a new thread, made outside
+# Python. pybind11 remembers the thread state of whoever first imports an extension built with it,
+# which would then be one that is gone: a later training would wait for the GIL forever
+# (pybind/pybind11#2888). torch, torchvision, triton and scipy share that memory: one is enough.
+import torch  # noqa: F401
 from cog import BaseModel, Input, Path
 
 from training.config import TRAINABLE_MODELS, TrainConfig
@@ -268,7 +273,7 @@ def train(
     resolve(config, TRAINABLE_MODELS[edition], n_examples=2)  # every rule, before anything is read
     check_class_images(config.class_images is not None, config.prior_preservation)
 
-    from training.run import run  # imports torch
+    from training.run import run
 
     folder = _empty_folder()
     try:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cachetools import LRUCache
 from torch import Tensor
 
 from generation.text_encoding import EncodedText, TextEncoder, encode_text, pad_to_longest
 from models.components import ModelComponents
+from models.lru_cache import LRUCache
 
 CACHED_TEXTS = 64  # 0.3 MB each for every 75 tokens, at SDXL's widths
 # diffusers' defaults for SDXL's refiner (LAION aesthetics scores)
@@ -135,11 +135,13 @@ class PromptEncoder:
 
         def encode(name: str, text: str) -> EncodedText:
             key = (len(encoders), clip_skip, state, text)
-            if key not in self._cache:
-                self._cache[key] = encode_text(encoders, text)
-            for note in self._cache[key].notes:
+            encoded = self._cache.get(key)
+            if encoded is None:
+                encoded = encode_text(encoders, text)
+                self._cache.add(key, encoded)
+            for note in encoded.notes:
                 print(f"{name}: {note}")
-            return self._cache[key]
+            return encoded
 
         positive = encode("prompt", prompt)
         if negative_prompt is None:

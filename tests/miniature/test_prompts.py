@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from generation.conditioning import CACHED_TEXTS, PromptEmbeddings, PromptEncoder
 from generation.text_encoding import MAX_CHUNKS
 from models.components import ModelComponents
-from tests.brought_weights import data_uri, word_archive
 from tests.helpers.engines import base_model
+from tests.helpers.user_weight_fixtures import data_uri, word_archive
 
 TOKENS = 75  # of a chunk, beside its start and end
 PLAIN = "a large red circle on a blue background"

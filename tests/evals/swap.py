@@ -1,6 +1,6 @@
-"""What it costs to change weights, on the miniature: `python -m tests.miniature.swap_bars`.
+"""Measure what adapters cost a prediction, on the miniature: `python -m tests.evals.swap`.
 
-Times are medians; the processor's are the process's own, without what else the machine does.
+Times are medians; processor time is that of this process alone.
 """
 
 import contextlib
@@ -18,15 +18,15 @@ import psutil
 
 from generation.engine import Engine
 from tests.helpers.request import REQUEST
-from tests.miniature.weights_pool import FILES, data_url, with_references, write_files
+from tests.miniature.request_pool import FILES, data_url, with_references, write_files
 from weights.catalog import Edition
 
 STEPS = 20
 ALTERNATIONS = 40
 SWAPS, WARM_UP = 200, 5
 SMALLEST = {"num_inference_steps": 1, "width": 64, "height": 64}
-MOST_EXTRA = 0.10  # bar: of a prediction's time
-MOST_GROWTH = 0.02  # bar
+MAX_EXTRA = 0.10  # threshold: of a prediction's time
+MAX_GROWTH = 0.02  # threshold
 
 PAIRS = {
     "kohya LoRA of the UNet and both text encoders": ("kohya", "other kohya"),
@@ -37,11 +37,11 @@ PAIRS = {
 
 @dataclass(frozen=True)
 class Times:
-    """Of one prediction, in seconds."""
+    """Times of one prediction in seconds."""
 
     wall: float
     processor: float
-    weights: float  # wall time of the stage: read, apply, take back
+    weights: float  # wall time to read, merge and restore
 
     @classmethod
     def median(cls, seen: Iterable["Times"]) -> "Times":
@@ -51,7 +51,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Swap:
-    """A prediction with weights in turn, and the same one without."""
+    """Times of a prediction with and without weights."""
 
     plain: Times
     swapped: Times
@@ -66,7 +66,7 @@ class Swap:
 
 
 def swap(engine: Engine, folder: Path, pair: tuple[str, str]) -> Swap:
-    """Two files by turns and a request without any after each, so that all see the same machine."""
+    """Alternate between two files and no weights, so that all see the same machine."""
     references = [data_url(folder, name) for name in pair]
     for reference in references:
         _predict(engine, folder, replicate_weights=reference)  # into the caches
@@ -88,7 +88,7 @@ def _predict(engine: Engine, folder: Path, **changes: object) -> Times:
 
 @dataclass(frozen=True)
 class Memory:
-    """Resident, in bytes."""
+    """Resident memory in bytes."""
 
     before: int
     after: int
@@ -99,7 +99,7 @@ class Memory:
 
 
 def memory(engine: Engine, folder: Path, swaps: int = SWAPS) -> Memory:
-    """Before and after so many swaps, between a file of each kind, with the smallest request."""
+    """Measure the smallest request before and after so many swaps between files of each kind."""
     process = psutil.Process()
     names = itertools.cycle(("kohya", "words", "dora", "other words", "inversion"))
     urls = {name: data_url(folder, name) for name in FILES}
@@ -114,7 +114,7 @@ def memory(engine: Engine, folder: Path, swaps: int = SWAPS) -> Memory:
 
 @contextlib.contextmanager
 def open_engine() -> Iterator[tuple[Engine, Path]]:
-    """An engine, and a folder with all files; an empty cache."""
+    """Yield an engine and a folder with all files; the cache is empty."""
     with tempfile.TemporaryDirectory() as name:
         os.environ["WEIGHTS_CACHE"] = name + "/cache"
         write_files(Path(name))
@@ -139,7 +139,7 @@ def _print_swap(name: str, swap: Swap) -> None:
 
 
 def main() -> None:
-    quiet = contextlib.redirect_stdout(sys.stderr)  # the engine says its seeds
+    quiet = contextlib.redirect_stdout(sys.stderr)  # the engine prints its seeds
     with quiet, open_engine() as (engine, folder):
         used = memory(engine, folder)
         times = {name: swap(engine, folder, pair) for name, pair in PAIRS.items()}
@@ -148,9 +148,9 @@ def main() -> None:
     _row(*["---"] * 7)
     for name, seen in times.items():
         _print_swap(name, seen)
-    _row("bar", "", "", f"≤ {MOST_EXTRA:.0%}", "", f"≤ {MOST_EXTRA:.0%}", "")
+    _row("threshold", "", "", f"≤ {MAX_EXTRA:.0%}", "", f"≤ {MAX_EXTRA:.0%}", "")
     before, after = (round(size / 1e6) for size in (used.before, used.after))
-    growth = f"{used.growth:+.2%} (bar: ≤ {MOST_GROWTH:.0%})"
+    growth = f"{used.growth:+.2%} (threshold: ≤ {MAX_GROWTH:.0%})"
     print(f"\nMemory: {before} MB, after {SWAPS} more swaps {after} MB: {growth}")
 
 

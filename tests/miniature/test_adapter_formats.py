@@ -1,4 +1,4 @@
-"""Every format of trained weights, through the whole engine: stock diffusers' picture of that file.
+"""Every format of trained weights, through the whole engine: equal to stock diffusers with it.
 
 The files are written by diffusers and PEFT themselves, or built by hand as their trainers write
 them. Latents before decoding are compared.
@@ -128,8 +128,8 @@ def test_saved_by_diffusers(
 ):
     folder = tmp_path_factory.mktemp("lora")
     trained = copy_of(pristine)
-    for part, own in options.items():
-        train(getattr(trained, part), **own)
+    for part, peft_options in options.items():
+        train(getattr(trained, part), **peft_options)
     file = save_with_diffusers(trained, folder, rename, header)
     stock.load_lora_weights(folder, adapter_name="x")
     stock.set_adapters("x", 0.7)
@@ -171,7 +171,7 @@ def test_diffusers_old_names(stock, adapted, plain):
     assert_same(adapted(lora_file(tensors), 0.8), draw(stock), plain())
 
 
-# PEFT's own folder, packed
+# PEFT's folder, packed
 
 PEFT = {
     "alpha": {"lora_alpha": 8, "alpha_pattern": {"attn1.to_k": 2}, "rank_pattern": {"to_v": 2}},

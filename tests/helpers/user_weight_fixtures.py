@@ -1,4 +1,4 @@
-"""Good weights that people might bring to the miniature, with effects that can be seen."""
+"""Valid trained weights for the miniature, whose effects can be seen."""
 
 from base64 import b64encode
 from pathlib import Path
@@ -15,13 +15,13 @@ ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 def data_uri(content: bytes, name: str = "") -> str:
-    """The file itself, and what it is called if that matters."""
+    """Return a file as a data URI, with a name if one is given."""
     named = f";name={name}" if name else ""
     return f"data:application/octet-stream{named};base64,{b64encode(content).decode()}"
 
 
 def visible_lora(seed: int) -> bytes:
-    """A LoRA of the UNet's attention that changes pictures, and not to noise."""
+    """Return a LoRA of the UNet's attention that changes images, though not to noise."""
     modules = [m for m in miniature_shapes().modules() if m.startswith("unet.") and ".attn" in m]
     tensors = kohya_tensors(modules)
     generator = torch.Generator().manual_seed(seed)
@@ -32,14 +32,14 @@ def visible_lora(seed: int) -> bytes:
 
 
 def word_archive(trigger_word: str, meaning: str, lora: bytes | None = None) -> bytes:
-    """cog-sdxl's archive, in which the new word means what a known one does."""
+    """Return cog-sdxl's archive with a trigger word that means the same as a known word."""
     (token,) = CLIPTokenizer.from_pretrained(FOLDER / "tokenizer")(meaning).input_ids[1:-1]
     rows = {
         f"text_encoders_{number}": _token_embedding(FOLDER / encoder)[token][None].clone()
         for number, encoder in enumerate(ENCODERS)
     }
     members = {
-        # Known words do not draw the pooling to their own place, as cog-sdxl's new ones do.
+        # So that texts are pooled as with the known word, not at the placeholder token.
         "embeddings.pti": save(rows, metadata={"pooling": "eos"}),
         "special_params.json": f'{{"{trigger_word}": "<s0>"}}'.encode(),
     }

@@ -1,4 +1,4 @@
-"""Trained weights combined, in every pipeline and on a checkpoint: stock diffusers' picture."""
+"""Adapters combined, in every mode and on a checkpoint: equal to stock diffusers."""
 
 import diffusers
 import numpy as np
@@ -88,7 +88,7 @@ def test_two_archives_with_words(stock, adapted, plain):
     assert_same(adapted(COG_ARCHIVE, 0.8, loras=(other.url,), prompt=typed), expected, plain(typed))
 
 
-# Other pipelines: the own tokenizers and the changed modules are theirs too
+# Other modes: they use the extended tokenizers and the merged weights too
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Trained weights of every kind for the miniature, and requests that use them.
 
-`python -m tests.miniature.weights_pool FOLDER` makes every request's picture, each in a process
+`python -m tests.miniature.request_pool FOLDER` generates every request's images, each in a process
 that has done nothing else: `FOLDER/<name>.npz`; after the plain one, `FOLDER/fingerprint <…>.json`.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from generation.engine import Engine
 from generation.errors import InvalidRequest
-from tests.miniature.isolation import fingerprint, pictures
+from tests.miniature.isolation import fingerprint, images_of
 from tests.trained_files import (
     checkpoint_tensors,
     cog_embeddings,
@@ -36,12 +36,12 @@ from weights.errors import BadWeights, InvalidSource, NotOnServer
 from weights.formats.types import Pooling
 from weights.miniature.evaluate import FOLDER, load_pipeline
 
-GENTLY = 0.06  # random LoRAs times this change the picture without ruining it
+GENTLY = 0.06  # random LoRAs times this change the image without ruining it
 OPERATORS = "words"
 
 # What each request changes in SMALL; weights are given by the names of FILES.
 SMALL: dict[str, object] = {
-    # Words of all files, and some after them: anything that stays behind shows.
+    # Trigger words of all files, and text after them: whatever is left behind changes the image.
     "prompt": "a large TOK circle on a red cat background",
     "width": 64,
     "height": 64,
@@ -85,24 +85,24 @@ STACKED: dict[str, dict[str, object]] = {
     "stacked words": {"loras": ("words at the end", "dora"), "lora_scales": (1.0, -0.3), **GUIDED},
 }
 REQUESTS = {**PLAIN, **NAMED, **STACKED}
-OWN_WORDS: dict[str, dict[str, object]] = {  # only the operator's count here
+SCALED: dict[str, dict[str, object]] = {  # without weights in the request
     "operator's, stronger": {"lora_scale": 1.2},
     "operator's, taken away": {"lora_scale": 0.0},
 }
 
 
 def requests_of(operators: bool) -> dict[str, dict[str, object]]:
-    """Every request to an engine, with or without the operator's weights."""
-    return {**REQUESTS, **OWN_WORDS} if operators else REQUESTS
+    """Return the requests for an engine with or without the operator's weights."""
+    return {**REQUESTS, **SCALED} if operators else REQUESTS
 
 
 def reference_of(name: str, operators: bool) -> str:
-    """Which fresh picture a request's has to equal: weights that it names displace others."""
+    """Return the name of the images that a request must equal: its weights replace others."""
     return f"operator {name}" if operators and name not in NAMED else name
 
 
 def write_files(folder: Path) -> None:
-    """Every file of weights, by its name in FILES."""
+    """Write every file of FILES."""
     pipeline = load_pipeline(FOLDER)
     parts = {part: getattr(pipeline, part) for part in ("unet", "text_encoder", "text_encoder_2")}
     for name, (file, make) in FILES.items():
@@ -111,7 +111,7 @@ def write_files(folder: Path) -> None:
 
 
 def data_url(folder: Path, name: str) -> str:
-    """The file as a person gives it in the request itself."""
+    """Return a file as a data URL."""
     file = FILES[name][0]
     content = base64.b64encode((folder / file).read_bytes()).decode()
     return f"data:;name={file};base64,{content}"
@@ -120,7 +120,7 @@ def data_url(folder: Path, name: str) -> str:
 def with_references(
     changes: Mapping[str, object], refer: Callable[[str], str]
 ) -> dict[str, object]:
-    """A request's changes to the default one, its weights' names replaced by references to them."""
+    """Return a request's changes with references in place of its weights' names."""
     changes = {**SMALL, **changes}
     if named := changes.get("replicate_weights"):
         changes["replicate_weights"] = refer(named)
@@ -136,7 +136,7 @@ def _gentle(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _kohya(rank: int) -> bytes:
-    """Of all matrices and convolutions of the UNet and both text encoders."""
+    """Return a LoRA of all matrices and convolutions of the UNet and both text encoders."""
     return save(_gentle(kohya_tensors(miniature_shapes().modules(), rank)))
 
 
@@ -152,7 +152,7 @@ def _dora(parts: Parts) -> bytes:
 
 
 def _words(n: int, pooling: Pooling | None = None) -> bytes:
-    """cog-sdxl's trained_model.tar, with `n` tokens; `pooling` if its header names one."""
+    """Return cog-sdxl's trained_model.tar with `n` tokens, and `pooling` in its header if given."""
     vectors = {key: value.float() * GENTLY for key, value in cog_embeddings(n).items()}
     lora = _gentle(cog_lora_tensors(rank=n))
     return tar_bytes(
@@ -183,7 +183,7 @@ def _checkpoint(parts: Parts) -> bytes:
 
 
 def _near(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every value changed by some hundredths of itself."""
+    """Change every value by some hundredths of itself."""
     return {
         key: (value * (1 + 0.05 * torch.randn(value.shape))).to(dtype).contiguous()
         if value.is_floating_point()
@@ -218,8 +218,8 @@ def _without(member: str) -> bytes:
     return tar_bytes({k: v for k, v in cog_members().items() if k != member})
 
 
-# What is refused before anything changes. `a checkpoint` is one of FILES.
-REFUSED: dict[str, tuple[str, type[Exception]]] = {
+# What is rejected before anything changes. `a checkpoint` is one of FILES.
+REJECTED: dict[str, tuple[str, type[Exception]]] = {
     "no weights": (_url(b"no weights at all"), BadWeights),
     "a pickle": (_url(b"\x80\x02}q\x00.", "x.ckpt"), BadWeights),
     "half an archive": (_url(tar_bytes(cog_members())[:9000], "x.tar"), BadWeights),
@@ -232,11 +232,11 @@ REFUSED: dict[str, tuple[str, type[Exception]]] = {
 }
 
 
-def _make_alone(engine: Engine, folder: Path, name: str, operators: bool) -> None:
+def _generate_in_fork(engine: Engine, folder: Path, name: str, operators: bool) -> None:
     if operators:
         engine.load(str(folder / FILES[OPERATORS][0]))
     changes = with_references(requests_of(operators)[name], lambda n: data_url(folder, n))
-    made = pictures(engine, folder, **changes)
+    made = images_of(engine, folder, **changes)
     np.savez(folder / f"{reference_of(name, operators)}.npz", *made)
     if name == "plain":
         path = folder / f"fingerprint {operators}.json"
@@ -244,16 +244,16 @@ def _make_alone(engine: Engine, folder: Path, name: str, operators: bool) -> Non
 
 
 def main(folder: Path) -> None:
-    """Load once, which takes most of a fresh process's time; then a copy of it for each request."""
+    """Load once, which takes most of a process's time, and fork for each request."""
     engine = Engine(Edition.MINIATURE, "cpu")
     engine.load()
     for operators in (False, True):
         for name in requests_of(operators):
             if operators and name in NAMED:
-                continue  # a process with these alone is wanted
+                continue  # the same as without the operator's
             if (child := os.fork()) == 0:
                 try:
-                    _make_alone(engine, folder, name, operators)
+                    _generate_in_fork(engine, folder, name, operators)
                 except BaseException:
                     traceback.print_exc()
                     os._exit(1)

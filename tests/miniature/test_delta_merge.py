@@ -1,6 +1,5 @@
-"""LoRA merged in batches: the same values with few operations, and nothing is left of them."""
+"""LoRAs merged in batches: the same values in few operations, restored exactly."""
 
-import gc
 import itertools
 import time
 from collections import Counter
@@ -8,12 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from generation.merging import Batch, Single, merged
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from generation import adapters, merging
-from generation.adapters import Adapter, AdapterSlot
+from generation import delta_merge
+from generation import lora as lora_module
+from generation.adapters import Adapter
+from generation.delta_merge import BatchedDelta, DeltaCache, SingleDelta, merge_delta
+from generation.lora import LoraMerger
+from models.components import ModelComponents
 from tests.miniature.isolation import Cancelled, failing_in
 from tests.trained_files import kohya_tensors, matrices, miniature_shapes, model_parts, read_tensors
 from weights.formats.types import LoraDelta, Pooling, TrainedWeights
@@ -23,15 +25,15 @@ SHAPES = {"linear": (6, 8), "other": (6, 8), "wide": (12, 8), "conv": (6, 4, 3, 
 
 
 class Operations(TorchDispatchMode):
-    """Counts what a device is asked to do: no views, no memory."""
+    """Counts the kernels that a device runs: neither views nor allocations."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if not func.is_view and not func.name().startswith(("aten::empty", "aten::unbind")):
-            self.seen[func.name()] += 1
+            self.counts[func.name()] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -56,8 +58,12 @@ def lora(seed=0, rank=2, dtype=torch.float32, dora=(), shapes=SHAPES, **alphas) 
     return TrainedWeights(deltas, {}, False, (), {}, Pooling.EOS, "")
 
 
+def merger_of(module) -> LoraMerger:
+    return LoraMerger(ModelComponents(module, None, {}, {}, {}, is_sdxl=False))
+
+
 def values(module) -> list[tuple[bytes, int]]:
-    """Of every parameter, and where it lies."""
+    """Return every parameter's bytes and address."""
     return [(p.cpu().numpy().tobytes(), p.data_ptr()) for p in module.parameters()]
 
 
@@ -65,18 +71,18 @@ def by_name(module):
     return {f"unet.{name}": parameter for name, parameter in module.named_parameters()}
 
 
-@pytest.mark.parametrize("transient", [merging.TRANSIENT_BYTES, 500, 1])
+@pytest.mark.parametrize("transient", [delta_merge.MAX_TRANSIENT_BYTES, 500, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @torch.inference_mode()
-def test_batches_are_what_single_modules_are(monkeypatch, dtype, transient):
-    monkeypatch.setattr(merging, "TRANSIENT_BYTES", transient)
+def test_batched_deltas_equal_single_ones(monkeypatch, dtype, transient):
+    monkeypatch.setattr(delta_merge, "MAX_TRANSIENT_BYTES", transient)
     weights = lora(dtype=torch.float16, dora=("wide",), again=0.5)
     parameters = by_name(model(dtype))
     seen = []
-    for batch in merging.Batches(parameters).of(weights):
-        own = [parameters[name] for name in batch.names]
-        for name, value in zip(batch.names, batch.merged(own, 0.7), strict=True):
-            wanted = merged(parameters[name], weights.lora[name.removesuffix(".weight")], 0.7)
+    for batch in DeltaCache(parameters).get(weights):
+        originals = [parameters[name] for name in batch.names]
+        for name, value in zip(batch.names, batch.merge(originals, 0.7), strict=True):
+            wanted = merge_delta(parameters[name], weights.lora[name.removesuffix(".weight")], 0.7)
             assert value.shape == wanted.shape
             assert value.dtype == torch.float32
             assert (value - wanted).abs().max() <= ROUNDING * wanted.abs().max()
@@ -84,15 +90,15 @@ def test_batches_are_what_single_modules_are(monkeypatch, dtype, transient):
     assert sorted(seen) == sorted(f"unet.{name}.weight" for name in SHAPES)
 
 
-def test_modules_are_together_that_can_be():
+def test_modules_of_one_layout_are_batched():
     weights = lora(dora=("wide",), again=0.5)
-    batches = list(merging.Batches(by_name(model())).of(weights))
+    batches = list(DeltaCache(by_name(model())).get(weights))
     kinds = [(type(batch), len(batch.names)) for batch in batches]
-    assert kinds == [(Single, 1), (Batch, 2), (Batch, 1), (Batch, 1)]
+    assert kinds == [(SingleDelta, 1), (BatchedDelta, 2), (BatchedDelta, 1), (BatchedDelta, 1)]
 
 
 @torch.inference_mode()
-def test_adapters_are_merged_in_their_order_and_rounded_between():
+def test_adapters_are_merged_in_order_and_rounded_in_between():
     module = model(torch.float16)
     before = values(module)
     chain = [(lora(1), 0.9), (lora(2, rank=3), -0.4), (lora(3, dora=("linear",)), 0.3)]
@@ -100,58 +106,58 @@ def test_adapters_are_merged_in_their_order_and_rounded_between():
     for weights, scale in chain:
         for name, delta in weights.lora.items():
             weight = wanted[f"{name}.weight"]
-            weight.copy_(merged(weight, delta, scale))
-    slot = AdapterSlot({"unet": module})
-    with slot.applied([Adapter(*pair) for pair in chain]):
+            weight.copy_(merge_delta(weight, delta, scale))
+    merger = merger_of(module)
+    with merger.applied([Adapter(*pair) for pair in chain]):
         for name, parameter in by_name(module).items():
             # A rounding in fp32 may become one in fp16.
             torch.testing.assert_close(parameter, wanted[name], rtol=2e-3, atol=4e-3)
         first = values(module)
     assert values(module) == before
-    with slot.applied([Adapter(*pair) for pair in chain]):
+    with merger.applied([Adapter(*pair) for pair in chain]):
         assert values(module) == first
 
 
 @torch.no_grad()
-def test_a_switch_is_few_operations_however_many_modules():
+def test_a_switch_takes_few_operations_for_any_number_of_modules():
     shapes = {f"{kind}{k}": SHAPES[kind] for k in range(50) for kind in ("linear", "wide", "conv")}
-    slot = AdapterSlot({"unet": model(shapes=shapes)})
+    merger = merger_of(model(shapes=shapes))
     first, second = (Adapter(lora(seed, shapes=shapes), 1.0) for seed in (1, 2))
-    with slot.applied([first], stay=True):
+    with merger.applied([first], keep=True):
         pass
-    with Operations() as switch, slot.applied([second], stay=True):
+    with Operations() as switch, merger.applied([second], keep=True):
         pass
-    # For each of three shapes two stacks, a sum, and values brought and written; and a taking back.
-    assert switch.seen == {"aten::stack": 6, "aten::baddbmm_": 3, "aten::_foreach_copy_": 7}
+    # For each of three shapes two stacks, a sum, values read and written; and one restoration.
+    assert switch.counts == {"aten::stack": 6, "aten::baddbmm_": 3, "aten::_foreach_copy_": 7}
     with Operations() as end:
-        slot._become(())
-    assert end.seen == {"aten::_foreach_copy_": 1}
+        merger._switch_to(())
+    assert end.counts == {"aten::_foreach_copy_": 1}
 
 
 @torch.no_grad()
-def test_nor_are_there_many_for_the_miniature(tmp_path):
-    parts = {name: module.requires_grad_(False) for name, module in model_parts().items()}
+def test_the_miniature_takes_few_operations_too(tmp_path):
+    unet = model_parts()["unet"].requires_grad_(False)
     modules = [name for name in miniature_shapes().modules() if name.startswith("unet.")]
-    slot = AdapterSlot(parts)
+    merger = merger_of(unet)
     weights = read_tensors(tmp_path, kohya_tensors(modules))
-    shapes = {parts["unet"].get_parameter(f"{name[5:]}.weight").shape for name in modules}
-    with slot.applied([Adapter(weights, 1.0)]):
+    shapes = {unet.get_parameter(f"{name[5:]}.weight").shape for name in modules}
+    with merger.applied([Adapter(weights, 1.0)]):
         pass
-    with Operations() as use, slot.applied([Adapter(weights, 1.0)]):
+    with Operations() as use, merger.applied([Adapter(weights, 1.0)]):
         pass
     assert len(modules) > 3 * len(shapes)
-    assert use.seen.total() <= 5 * len(shapes) + 1
+    assert use.counts.total() <= 5 * len(shapes) + 1
 
 
 @pytest.mark.parametrize(
-    ("struck_in", "apart"),
-    [(adapters, True), (merging, False), (merging, True)],
-    ids=["slot", "batches", "kept batches"],
+    ("module_struck", "is_accelerator"),
+    [(lora_module, True), (delta_merge, False), (delta_merge, True)],
+    ids=["merger", "batches", "cached batches"],
 )
 @torch.inference_mode()
-def test_cancelled_anywhere(monkeypatch, struck_in, apart):
-    monkeypatch.setattr(merging, "_is_apart", lambda device: apart)
-    monkeypatch.setattr(merging, "TRANSIENT_BYTES", 500)
+def test_cancelled_anywhere(monkeypatch, module_struck, is_accelerator):
+    monkeypatch.setattr(delta_merge, "is_accelerator", lambda device: is_accelerator)
+    monkeypatch.setattr(delta_merge, "MAX_TRANSIENT_BYTES", 500)
     shapes = {name: SHAPES[name] for name in ("linear", "conv", "again", "wide")}
     module = model(torch.float16, shapes=shapes)
     value = {"unet.linear.bias": torch.ones(6)}
@@ -160,19 +166,19 @@ def test_cancelled_anywhere(monkeypatch, struck_in, apart):
     pair = [Adapter(first, 1.0), Adapter(above, 0.5)]
     second = [Adapter(lora(3, shapes={"linear": (6, 8), "again": (6, 8)}), 1.0)]
     before = values(module)
-    slot = AdapterSlot({"unet": module})
-    with slot.applied(second):
+    merger = merger_of(module)
+    with merger.applied(second):
         wanted = values(module)
     for count in itertools.count(1):
         if count % 2:
-            slot = AdapterSlot({"unet": module})  # which remembers nothing yet
+            merger = merger_of(module)  # whose cache is empty
         caught = []
         try:
-            with failing_in(struck_in, None, count, Cancelled) as struck, slot.applied(pair):
+            with failing_in(module_struck, None, count, Cancelled) as struck, merger.applied(pair):
                 pass
         except Cancelled as error:
             caught.append(error)
-        with slot.applied(second):
+        with merger.applied(second):
             caught.clear()
             assert values(module) == wanted, struck
         assert values(module) == before, struck
@@ -185,34 +191,34 @@ def test_cancelled_anywhere(monkeypatch, struck_in, apart):
 def test_copies_stay_on_a_gpu_that_keeps_a_quarter_free(monkeypatch, free):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 200))
-    assert merging.place_of_copies(gpu, 10) == (gpu if free == 60 else torch.device("cpu"))
+    assert delta_merge.device_for_copies(gpu, 10) == (gpu if free == 60 else torch.device("cpu"))
 
 
-def test_copies_of_a_cpus_stay_there(monkeypatch):
-    monkeypatch.setattr(merging, "_room_on_device", None)
-    assert merging.place_of_copies(torch.device("cpu"), 10**15) == torch.device("cpu")
+def test_copies_on_a_cpu_need_no_free_memory(monkeypatch):
+    monkeypatch.setattr(delta_merge, "_free_bytes", None)
+    assert delta_merge.device_for_copies(torch.device("cpu"), 10**15) == torch.device("cpu")
 
 
 @torch.inference_mode()
-def test_copies_are_exact_whatever_the_memory_format():
+def test_copies_are_exact_in_any_memory_format():
     tensors = [*model(torch.float16).parameters(), torch.tensor([float("nan"), -0.0])]
     conv = tensors[6]
     assert conv.ndim == 4
     tensors[6] = conv.to(memory_format=torch.channels_last)
-    for tensor, copy in zip(tensors, merging.copies(tensors), strict=True):
+    for tensor, copy in zip(tensors, delta_merge.copy_of_each(tensors), strict=True):
         assert (copy.shape, copy.dtype) == (tensor.shape, tensor.dtype)
         assert copy.numpy().tobytes() == tensor.numpy().tobytes()
         assert copy.data_ptr() != tensor.data_ptr()
 
 
 @torch.inference_mode()
-def test_values_are_written_whatever_the_memory_format():
+def test_values_are_written_in_any_memory_format():
     module, other = model(torch.float16), model(torch.float16)
     other.to(memory_format=torch.channels_last)
     for each in (module, other):
-        slot = AdapterSlot({"unet": each})
+        merger = merger_of(each)
         before = values(each)
-        with slot.applied([Adapter(lora(), 1.0)]):
+        with merger.applied([Adapter(lora(), 1.0)]):
             changed = [parameter.clone() for parameter in each.parameters()]
         assert values(each) == before
         if each is module:
@@ -221,58 +227,60 @@ def test_values_are_written_whatever_the_memory_format():
 
 
 @pytest.fixture
-def apart(monkeypatch):
-    monkeypatch.setattr(merging, "_is_apart", lambda device: True)
+def accelerator(monkeypatch):
+    """Treat the CPU as a device with memory of its own."""
+    monkeypatch.setattr(delta_merge, "is_accelerator", lambda device: True)
 
 
-def uploads(batches, weights) -> int:
-    """How often deltas are stacked."""
+def uploads(deltas, weights) -> int:
+    """Return how often deltas are stacked."""
     with Operations() as used:
-        list(batches.of(weights))
-    return used.seen["aten::stack"]
+        list(deltas.get(weights))
+    return used.counts["aten::stack"]
+
+
+def cache_of(monkeypatch, n_bytes: int) -> DeltaCache:
+    monkeypatch.setattr(delta_merge, "CACHED_BYTES", n_bytes)
+    return DeltaCache(by_name(model()))
 
 
 @torch.no_grad()
-def test_deltas_used_last_stay_on_the_device(apart, monkeypatch):
-    batches = merging.Batches(by_name(model()))
+def test_the_last_used_deltas_stay_on_the_device(accelerator, monkeypatch):
     pool = [lora(seed, dora=("wide",)) for seed in range(3)]
-    size = sum(batch.n_bytes for batch in batches.of(pool[0]))
-    monkeypatch.setattr(merging, "KEPT_BYTES", 2 * size)
-    again = [uploads(batches, pool[k]) > 0 for k in (0, 1, 0, 2, 0, 1)]
-    assert again == [False, True, False, True, False, True]
-    monkeypatch.setattr(merging, "KEPT_BYTES", size - 1)
-    assert [uploads(batches, pool[2]) > 0 for _ in range(2)] == [True, True]
+    size = sum(batch.n_bytes for batch in DeltaCache(by_name(model())).get(pool[0]))
+    deltas = cache_of(monkeypatch, 2 * size)
+    again = [uploads(deltas, pool[k]) > 0 for k in (0, 0, 1, 0, 2, 0, 1)]
+    assert again == [True, False, True, False, True, False, True]
+    deltas = cache_of(monkeypatch, size - 1)
+    assert [uploads(deltas, pool[2]) > 0 for _ in range(2)] == [True, True]
 
 
 @torch.no_grad()
-def test_deltas_are_kept_no_longer_than_their_file(apart):
-    batches = merging.Batches(by_name(model()))
+def test_deltas_are_cached_for_one_file_alone(accelerator):
+    """Renamed placeholder tokens leave a file's LoRA as it is; another file has another serial."""
+    deltas = DeltaCache(by_name(model()))
     weights = lora(1)
-    assert uploads(batches, weights)
-    changed = replace(weights, lora=dict(lora(2).lora))
-    assert changed.serial == weights.serial
-    assert uploads(batches, changed)
-    assert not uploads(batches, replace(changed, pooling=Pooling.ARGMAX))
-    del weights, changed
-    gc.collect()
-    assert uploads(batches, lora(3))
-    assert len(batches._kept) == 1
+    assert uploads(deltas, weights)
+    assert not uploads(deltas, replace(weights, pooling=Pooling.ARGMAX))
+    assert uploads(deltas, lora(1))
 
 
 @torch.no_grad()
-def test_a_cpu_keeps_no_deltas_twice():
-    batches = merging.Batches(by_name(model()))
+def test_a_cpu_caches_no_deltas():
+    deltas = DeltaCache(by_name(model()))
     weights = lora()
-    assert uploads(batches, weights) == uploads(batches, weights) > 0
-    assert not batches._kept
+    assert uploads(deltas, weights) == uploads(deltas, weights) > 0
+    assert not deltas._cache
 
 
 @torch.no_grad()
-def test_a_full_device_keeps_no_deltas(apart, monkeypatch):
-    monkeypatch.setattr(merging, "place_of_copies", lambda device, n_bytes: torch.device("meta"))
-    batches = merging.Batches(by_name(model()))
+def test_a_full_device_caches_no_deltas(accelerator, monkeypatch):
+    monkeypatch.setattr(
+        delta_merge, "device_for_copies", lambda device, n_bytes: torch.device("meta")
+    )
+    deltas = DeltaCache(by_name(model()))
     weights = lora()
-    assert uploads(batches, weights) == uploads(batches, weights) > 0
+    assert uploads(deltas, weights) == uploads(deltas, weights) > 0
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -282,19 +290,19 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @needs_gpu
 @pytest.mark.parametrize("room", [True, False])
 @torch.inference_mode()
-def test_a_gpu_merges_what_a_cpu_does(monkeypatch, room):
-    monkeypatch.setattr(merging, "_room_on_device", lambda device: 10**9 if room else -1)
+def test_a_gpu_merges_as_a_cpu_does(monkeypatch, room):
+    monkeypatch.setattr(delta_merge, "_free_bytes", lambda device: 10**9 if room else -1)
     chain = [Adapter(lora(1, dora=("wide",)), 0.9), Adapter(lora(2, dtype=torch.float16), -0.4)]
     made = []
     for device in ("cpu", "cuda"):
         module = model(torch.float16, device)
-        slot = AdapterSlot({"unet": module})
+        merger = merger_of(module)
         before = values(module)
-        for _ in range(2):  # from the host, and from what was kept
-            with slot.applied(chain):
+        for _ in range(2):  # from the CPU, and from the cache
+            with merger.applied(chain):
                 made.append([parameter.cpu().clone() for parameter in module.parameters()])
             assert values(module) == before
-    kept = {copy.device.type for copy in slot._pristine.values()}
+    kept = {copy.device.type for copy in merger._originals.values()}
     assert kept == {"cuda" if room else "cpu"}
     assert all(torch.equal(a, b) for a, b in zip(made[2], made[3], strict=True))
     for ours, theirs in zip(made[2], made[0], strict=True):
@@ -310,13 +318,13 @@ def test_an_sdxl_lora_is_switched_in_a_moment():
     shapes = {
         f"{out}_{into}_{k}": (out, into) for (out, into), n in sizes.items() for k in range(n)
     }
-    slot = AdapterSlot({"unet": model(torch.float16, "cuda", shapes)})
+    merger = merger_of(model(torch.float16, "cuda", shapes))
     pair = [Adapter(lora(k, 32, torch.float16, shapes=shapes), 1.0) for k in (1, 2)]
     taken = []
     for k in range(8):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        with slot.applied([pair[k % 2]], stay=True):
+        with merger.applied([pair[k % 2]], keep=True):
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
     print("seconds:", *(f"{seconds:.4f}" for seconds in taken))

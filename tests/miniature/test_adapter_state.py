@@ -1,7 +1,6 @@
-"""Whatever weights requests have named, and however they ended, the next one's picture is as fresh.
+"""After any weights in requests, however these ended, the next image equals a fresh process's.
 
-`--state-sequences N` tries N other sequences than those of the default run; `--state-seed` makes
-those again that begin with this number.
+`--state-sequences N` tries N new random sequences; `--state-seed S` repeats those from number S on.
 """
 
 import itertools
@@ -20,13 +19,21 @@ import numpy as np
 import pytest
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from generation import adapters, engine, merging, replaceable
-from generation.base_models import MINIATURE_SDXL
+from generation import (
+    delta_merge,
+    engine,
+    lora,
+    sampling,
+    stages,
+    text_encoding,
+    timings,
+)
 from generation.engine import Engine
 from generation.errors import OutOfDeviceMemory
 from tests import fake_web
 from tests.fake_web import FakeWeb, Page
 from tests.helpers.comparison import nearly_equal
+from tests.helpers.engines import base_model
 from tests.miniature.isolation import (
     ERRORS,
     EVERY_MODEL,
@@ -36,13 +43,13 @@ from tests.miniature.isolation import (
     failing_in,
     fingerprint,
     functions_of,
-    pictures,
+    images_of,
 )
-from tests.miniature.weights_pool import (
+from tests.miniature.request_pool import (
     FILES,
     NAMED,
     OPERATORS,
-    REFUSED,
+    REJECTED,
     data_url,
     reference_of,
     requests_of,
@@ -57,28 +64,29 @@ web = fake_web.web
 certificate = fake_web.certificate
 
 DEFAULT_SEQUENCES = 64
-SHELF_BYTES = 8_000_000  # less than all of FILES: some are read again and again
-MODULES = {module.__name__: module for module in (adapters, merging, replaceable, engine)}
+CACHE_BYTES = 8_000_000  # less than all of FILES: some are read several times
+MERGING = (lora, delta_merge, engine)
+MODULES = {m.__name__: m for m in (*MERGING, timings, stages, sampling, text_encoding)}
 FUNCTIONS = {name: functions_of(module) for name, module in MODULES.items()}
-# What no request of these sequences runs, and what most run on their way out.
-NEVER = {"set_up", "replace_base", "load", "_repaint", "_repaint_once", "__init__"}
-NEVER |= {"_room_on_device"}
+# What no request of these sequences runs, and what most run at their end.
+NEVER = {"set_operator_weights", "replace_base", "load", "_generate_control_maps", "__init__"}
+NEVER |= {"_free_bytes", "restore", "editable"}
 EVER = {f.rpartition(".")[2] for functions in FUNCTIONS.values() for f in functions} - NEVER
-LEAVING = {"applied", "_become", "_same", "_take_back", "around", "time", "_explain_out_of_memory"}
-LEAVING |= {"copy_all"}
-LOOPS = 60  # so many times its own length may a function's part of a request be, in instructions
-ACTIONS = ("make", "refused", "network cut", "failed", "failed, then struck", *["struck"] * 3)
+AT_THE_END = {"applied", "_switch_to", "_same", "_restore", "wrap", "measure", "copy_all"}
+AT_THE_END |= {"_explain_out_of_memory"}
+LOOPS = 60  # a function's share of a request is up to so many times its length in instructions
+ACTIONS = ("make", "rejected", "network cut", "failed", "failed, then struck", *["struck"] * 3)
 
 Moment = tuple[str, str, int]  # module, function, and the instructions that it has run by then
 
 
 @dataclass(frozen=True)
 class Subject:
-    """An engine, and what was so when it had done nothing."""
+    """An engine, and its state before it had done anything."""
 
     engine: Engine
-    operators: bool  # whether the operator has set up weights
-    storages: dict[str, int]  # parameter → where it lies
+    operators: bool  # whether it has the operator's weights
+    storages: dict[str, int]  # parameter → address
     fingerprint: dict[str, str]
 
 
@@ -87,20 +95,20 @@ class World:
     """What the sequences share."""
 
     folder: Path
-    fresh: dict[str, list[np.ndarray]]  # what processes made that have done nothing else
+    fresh: dict[str, list[np.ndarray]]  # images of processes that have done nothing else
     web: FakeWeb
     numbers: Iterator[int] = field(default_factory=itertools.count)
-    struck: set[str] = field(default_factory=set)  # functions in which something has happened
-    # A server may keep what it has caught for a while, and all that hangs on its traceback.
+    struck: set[str] = field(default_factory=set)  # functions in which an error was raised
+    # A server may keep an error for a while, and with it the frames of its traceback.
     caught: list[BaseException] = field(default_factory=list)
 
     def make(self, subject: Subject, name: str, **other: object) -> list[np.ndarray]:
         changes = with_references(requests_of(subject.operators)[name], self.refer)
-        with _letting_go(self.caught):
-            return pictures(subject.engine, self.folder, **{**changes, **other})
+        with _releasing(self.caught):
+            return images_of(subject.engine, self.folder, **{**changes, **other})
 
     def refer(self, name: str) -> str:
-        """A large file comes from the web, a small one in the request."""
+        """Return the address of a large file, or a small one as a data URL."""
         file = FILES[name][0]
         if (self.folder / file).stat().st_size < 1_000_000:
             return data_url(self.folder, name)
@@ -111,8 +119,8 @@ class World:
 
 
 @contextmanager
-def _letting_go(caught: list[BaseException]) -> Iterator[None]:
-    """Forget these errors, and with them all of their frames, while the UNet is about to run."""
+def _releasing(caught: list[BaseException]) -> Iterator[None]:
+    """Release these errors, and with them their frames, when the UNet is about to run."""
     handle = register_module_forward_pre_hook(
         lambda module, _: caught.clear() if type(module).__name__ in UNET else None
     )
@@ -133,10 +141,10 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def fresh(folder) -> dict[str, list[np.ndarray]]:
-    command = [sys.executable, "-m", "tests.miniature.weights_pool", str(folder)]
+    command = [sys.executable, "-m", "tests.miniature.request_pool", str(folder)]
     # One thread: a process that has started threads cannot be copied.
-    own = {"WEIGHTS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own})
+    variables = {"WEIGHTS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables})
     assert done.returncode == 0, done.stderr
     return {path.stem: list(np.load(path).values()) for path in folder.glob("*.npz")}
 
@@ -144,7 +152,7 @@ def fresh(folder) -> dict[str, list[np.ndarray]]:
 @pytest.fixture(scope="module")
 def subjects(folder, fresh) -> dict[bool, Subject]:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(replaceable, "MEMORY_BYTES", SHELF_BYTES)
+        monkeypatch.setattr(lora, "MEMORY_BYTES", CACHE_BYTES)
         return {operators: _subject(folder, operators) for operators in (False, True)}
 
 
@@ -157,16 +165,15 @@ def _subject(folder: Path, operators: bool) -> Subject:
 
 
 def _storages(engine: Engine) -> dict[str, int]:
-    parts = engine._store.load(MINIATURE_SDXL).parts
     return {
         f"{part}.{name}": parameter.data_ptr()
-        for part in ("unet", "text_encoder", "text_encoder_2")
-        for name, parameter in parts[part].named_parameters()
+        for part, network in base_model(engine).components.adaptable().items()
+        for name, parameter in network.named_parameters()
     }
 
 
-def test_fresh_pictures_differ_but_where_the_weights_are_the_same(fresh):
-    """So whatever is left of one request shows in the next."""
+def test_fresh_images_differ_unless_the_weights_are_the_same(fresh):
+    """So whatever one request leaves behind shows in the next."""
     pairs = itertools.combinations(sorted(fresh), 2)
     assert [(a, b) for a, b in pairs if nearly_equal(fresh[a], fresh[b])] == [
         ("kohya", "stacked kohya"),
@@ -198,15 +205,15 @@ def test_no_sequence_of_weights_leaves_a_trace(pytestconfig, folder, fresh, subj
     assert wanted or len(world.struck) > 10
 
 
-# Not by hypothesis: it makes five variants of each that it draws, and they hardly differ. What came
-# before matters, so a failure could not be made smaller either.
+# Not by hypothesis: it tries five variants of each example, which hardly differ, and a failure that
+# depends on what came before cannot be shrunk.
 def _draw_action(rng: random.Random, operators: bool) -> tuple:
     name, error = rng.choice(list(requests_of(operators))), rng.choice(list(ERRORS))
     match rng.choice(ACTIONS):
         case "make":
             return "make", name
-        case "refused":
-            return "refused", rng.choice(list(REFUSED)), rng.random() < 0.5
+        case "rejected":
+            return "rejected", rng.choice(list(REJECTED)), rng.random() < 0.5
         case "network cut":
             return "network cut", rng.randint(0, 900_000), rng.random() < 0.5
         case "failed":
@@ -214,23 +221,31 @@ def _draw_action(rng: random.Random, operators: bool) -> tuple:
         case "struck":
             return "struck", name, error, _draw_moment(rng, EVER)
         case _:
-            moment = _draw_moment(rng, LEAVING)
+            moment = _draw_moment(rng, AT_THE_END)
             return "failed, then struck", name, error, rng.randint(1, 4), moment
 
 
 def _draw_moment(rng: random.Random, names: set[str]) -> Moment:
-    module = rng.choice(["generation.adapters", *MODULES])
-    functions = {f: n for f, n in FUNCTIONS[module].items() if f.rpartition(".")[2] in names}
-    function, length = rng.choice(list(functions.items()))
+    found = {
+        module: [(f, n) for f, n in functions.items() if f.rpartition(".")[2] in names]
+        for module, functions in FUNCTIONS.items()
+    }
+    modules = [
+        *(module.__name__ for module in MERGING),
+        lora.__name__,
+        *MODULES,
+    ]  # these more often
+    module = rng.choice([module for module in modules if found[module]])
+    function, length = rng.choice(found[module])
     return module, function, rng.randint(1, round(length * LOOPS ** rng.random()))
 
 
 def _check(world: World, subject: Subject, last: str) -> None:
-    """A plain request, then one with weights, are as in a fresh process."""
+    """Check a plain request, then one with weights, against a fresh process."""
     assert world.is_fresh(subject, "plain", world.make(subject, "plain"))
     assert fingerprint(subject.engine) == subject.fingerprint
     storages = _storages(subject.engine)
-    if subject.operators:  # their words stay, and so do the embeddings that were made for them
+    if subject.operators:  # their tokens stay, in new embeddings
         storages = {name: at for name, at in storages.items() if "token_embedding" not in name}
     assert storages.items() <= subject.storages.items()
     assert world.is_fresh(subject, last, world.make(subject, last))
@@ -240,8 +255,8 @@ def _act(world: World, subject: Subject, action: tuple) -> None:
     match action:
         case "make", name:
             assert world.is_fresh(subject, name, world.make(subject, name))
-        case "refused", kind, alone:
-            reference, error = REFUSED[kind]
+        case "rejected", kind, alone:
+            reference, error = REJECTED[kind]
             reference = world.refer(reference) if reference in FILES else reference
             loras = (reference,) if alone else (world.refer("words"), reference)
             with pytest.raises(error):
@@ -260,7 +275,7 @@ def _act(world: World, subject: Subject, action: tuple) -> None:
 
 
 def _cut(world: World, subject: Subject, at: int, for_good: bool) -> None:
-    """The connection ends after so many bytes; then all others do, or the next goes on."""
+    """Cut a download after so many bytes, and all that follow or only this one."""
     path = f"/{next(world.numbers)}/{FILES['kohya'][0]}"
     content = (world.folder / FILES["kohya"][0]).read_bytes()
     world.web.pages[path] = Page(content, cuts=[at, *([0] * 9 if for_good else [])])
@@ -285,9 +300,9 @@ def _fail(
         with ExitStack() as stack:
             struck = [stack.enter_context(failure) for failure in failures][-1]
             made = world.make(subject, name)
-    # Memory that runs out before or after the model is at work is reported as it is.
+    # Running out of memory before or after the models run is not explained.
     except (RuntimeError, Cancelled, OutOfDeviceMemory) as error:
         world.caught.append(error)
     else:
-        assert world.is_fresh(subject, name, made)  # it ended before that
+        assert world.is_fresh(subject, name, made)  # it ended before the error
     world.struck.update(struck or ())
