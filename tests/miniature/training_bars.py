@@ -145,7 +145,7 @@ def class_images(count: int = 16) -> list[Example]:
 
 def judge_of_houses() -> tuple[float, float]:
     """Shares of true houses and of other shapes that the template match takes for one."""
-    true = [concept.render(p, k)[0] for k, p in enumerate(concept.images(200, 5))]
+    true = [concept.render(p, k)[0] for k, p in enumerate(concept.pictures(200, 5))]
     rng = np.random.default_rng(3)
     others = [world.render(world.random_scene(rng), concept.SIDE, concept.SIDE) for _ in range(200)]
     return share(true), share(others)
