@@ -1,4 +1,4 @@
-"""What a benchmark ran on, said before its figures."""
+"""Describe what a benchmark runs on, before its figures."""
 
 from __future__ import annotations
 
@@ -9,51 +9,50 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parents[2]
-SIDE = 8192  # of the matrices whose product measures the arithmetic ceiling
+ROOT = Path(__file__).parents[1]
+MATRIX_SIZE = 8192  # of the matrices whose product measures the arithmetic ceiling
 COPIED_BYTES = 8 << 30
 REPEATS = 20
 
+Description = dict[str, str | int | float | None]
 
-def describe(cpu: bool) -> dict[str, Any]:
-    """Hardware, versions and commit; on a GPU its two ceilings, measured now."""
+
+def describe(cpu: bool, measured: str | None = None) -> Description:
+    """Return hardware, versions and commit; on a GPU its two ceilings, measured now."""
     import diffusers
     import torch
 
-    said: dict[str, Any] = {
+    weights = "the miniature" if cpu else "the published architectures, random weights"
+    description: Description = {
         "machine": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
-        "measured": "the miniature" if cpu else "the real architectures, random weights",
+        "measured": measured or weights,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "commit": _commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     if not cpu:
-        said |= {"gpu": torch.cuda.get_device_name(), **ceilings()}
-    return said
+        description["gpu"] = torch.cuda.get_device_name()
+        description["matmul_tflops"] = round(_matmul_tflops(), 1)
+        description["copy_tb_per_s"] = round(_copy_tb_per_s(), 2)
+        torch.cuda.empty_cache()
+    return description
 
 
-def ceilings() -> dict[str, float]:
-    """The GPU's own: bf16 matrix products, and copies (read and write both count)."""
+def _matmul_tflops() -> float:
+    """Measure products of bf16 matrices."""
     import torch
 
-    measured = {"matmul_tflops": round(_matmul(), 1), "copy_tb_per_s": round(_copy(), 2)}
-    torch.cuda.empty_cache()
-    return measured
+    size = (MATRIX_SIZE, MATRIX_SIZE)
+    a, b = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * MATRIX_SIZE**3 / _seconds(lambda: a @ b) / 1e12
 
 
-def _matmul() -> float:
-    import torch
-
-    a, b = (torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * SIDE**3 / _seconds(lambda: a @ b) / 1e12
-
-
-def _copy() -> float:
+def _copy_tb_per_s() -> float:
+    """Measure copies on the GPU; reading and writing both count."""
     import torch
 
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device="cuda")
@@ -62,7 +61,7 @@ def _copy() -> float:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """Of one call, on a warm GPU."""
+    """Return the time of one call, on a warm GPU."""
     import torch
 
     for _ in range(3):
@@ -85,7 +84,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """With a plus where the code differs from it; None where git does not know."""
+    """Return the commit, with a plus where the code differs; None where git does not know."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]

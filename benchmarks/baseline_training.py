@@ -1,9 +1,10 @@
-"""The training loop of replicate/cog-sdxl (trainer_pti.py at c79cb3c), stated again to be measured.
+"""The training loop of replicate/cog-sdxl (trainer_pti.py at c79cb3c), written again as a baseline.
 
-What costs time or memory there is kept: LoRA as separate layers inside the attention processors,
+What takes time or memory there is kept: LoRA as separate layers inside the attention processors,
 both text encoders forwards and backwards in every step (after the pivot too), gradients and
 optimizer state for the whole vocabularies, vectors pulled back twice a step, the loss fetched for
-each step. What it does wrong otherwise is not: it trains here at the size that it says.
+each step. One of its bugs is not: it trains here at the size that
+it states.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from script.tools.peer_lora import LoraProcessor
+from benchmarks.baseline_lora import LoraProcessor
 from training.dataset import Latents
 from training.model import TrainableModel
 
@@ -46,8 +47,8 @@ class _Pairs(Dataset[Batch]):
 
 
 @dataclass
-class PeerTraining:
-    """One run of it."""
+class CogSdxlTraining:
+    """One training."""
 
     model: TrainableModel
     items: Sequence[Latents]
@@ -56,7 +57,7 @@ class PeerTraining:
     steps: int
 
     def run(self, on_step: Callable[[int, float], None]) -> None:
-        """All steps; tells the number, from 1, and the loss of each."""
+        """Train; `on_step` gets the number of each step, from 1, and its loss."""
         loader = self._loader()
         layers = self._attach()
         tables = [
@@ -136,8 +137,8 @@ class PeerTraining:
                 "time_ids": time_ids.to(device, model.unet_dtype),
             },
         ).sample
-        wanted = model.wanted(latents, noise, timesteps)
-        loss: Tensor = ((predicted - wanted).square() * mask).mean()
+        target = model.wanted(latents, noise, timesteps)
+        loss: Tensor = ((predicted - target).square() * mask).mean()
         return loss
 
     @torch.no_grad()

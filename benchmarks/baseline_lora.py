@@ -1,4 +1,4 @@
-"""LoRA in attention as cog-sdxl has it: diffusers' layers of 0.25, which it no longer has."""
+"""LoRA in attention as cog-sdxl has it, from diffusers 0.25, which later versions lack."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ class LoraProcessor(nn.Module):
     ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
 
-        def both(layer: Any, lora: Any, states: Tensor) -> Tensor:  # noqa: ANN401
+        def project(layer: Any, lora: Any, states: Tensor) -> Tensor:  # noqa: ANN401
             result: Tensor = layer(states) + self._scale * lora(states)
             return result
 
         def heads(x: Tensor) -> Tensor:
             return x.reshape(*x.shape[:2], attn.heads, -1).transpose(1, 2)
 
-        query = heads(both(attn.to_q, self.to_q_lora, hidden_states))
-        key = heads(both(attn.to_k, self.to_k_lora, context))
-        value = heads(both(attn.to_v, self.to_v_lora, context))
+        query = heads(project(attn.to_q, self.to_q_lora, hidden_states))
+        key = heads(project(attn.to_k, self.to_k_lora, context))
+        value = heads(project(attn.to_v, self.to_v_lora, context))
         out = functional.scaled_dot_product_attention(query, key, value)
         out = out.transpose(1, 2).flatten(-2).to(query.dtype)
-        return attn.to_out[1](both(attn.to_out[0], self.to_out_lora, out))  # type: ignore[no-any-return]
+        return attn.to_out[1](project(attn.to_out[0], self.to_out_lora, out))  # type: ignore[no-any-return]

@@ -1,0 +1,107 @@
+"""Measure what requests cost the host: all that a GPU waits for beside its own arithmetic.
+
+The published networks, but as stubs that compute nothing, and small images: what is left is what
+Python does around them. No GPU is needed. The baseline is diffusers' stock pipeline with the same
+stubs. Figures are as those of images, without what only a GPU tells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import diffusers
+from diffusers.utils import logging
+
+from benchmarks import environment, machine, report
+from benchmarks.architectures import SCHEDULER_CONFIG
+from benchmarks.baseline_diffusers import Diffusers
+from benchmarks.measure import measure
+from benchmarks.sides import PLAIN, Ours, Side
+from benchmarks.stub_models import StubModelCache, stub_components
+from benchmarks.workloads import DIFFUSERS, OURS, WORKLOADS, add_only
+from generation.engine import Engine
+from generation.outputs import OutputFolders
+from models.components import TOKENIZERS, ModelComponents
+from weights.catalog import Edition
+
+NAMES = ("SDXL-Turbo, 1 step", "SD-Turbo, 1 step", "30 steps")
+IMAGE_SIZE = 256  # pixels: the smallest that is served
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `script/bench host`."""
+    environment.add_runs(parser, 40, "requests")
+    add_only(parser, NAMES)
+
+
+def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Measure, and print JSON lines and tables."""
+    figures = []
+    with (
+        environment.settings(cpu=True, edition="full"),
+        _without_warnings(),
+        TemporaryDirectory() as folder,
+    ):
+        measured = "the host's work around the published architectures"
+        print(json.dumps(machine.describe(cpu=True, measured=measured)), flush=True)
+        for name in arguments.only or NAMES:
+            size = {"width": IMAGE_SIZE, "height": IMAGE_SIZE}
+            workload = replace(WORKLOADS[name], baselines=(DIFFUSERS,), sizes=size)
+            sides: dict[str, Side] = {
+                DIFFUSERS: _diffusers(workload.model),
+                OURS: _ours(workload.model, Path(folder)),
+            }
+            for side in sides.values():
+                side.prepare(workload)
+            figures.append(measure(name, workload, sides, arguments.runs))
+            print(report.json_line(figures[-1]), flush=True)
+    print("\n\n".join(report.tables(figures)))
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence diffusers' warnings of fp16 on a CPU, where nothing is computed."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _ours(model: str, folder: Path) -> Ours:
+    """Return predict.py around stubs, in place of what its setup loads."""
+    from predict import Predictor
+
+    predictor = Predictor()
+    # Other containers' folders may lie in this machine's temporary folder.
+    predictor.folders = OutputFolders(folder, folder / "server")
+    predictor.engine = Engine(Edition.FULL, "cpu", StubModelCache(), model=model)
+    return Ours(predictor, PLAIN, stub=True)
+
+
+def _diffusers(model: str) -> Diffusers:
+    """Return diffusers' stock pipeline around the same stubs."""
+    components = stub_components(environment.spec(model).base_model)
+    return Diffusers(model, _pipeline(components), IMAGE_SIZE, control_image=None)
+
+
+def _pipeline(components: ModelComponents) -> diffusers.DiffusionPipeline:
+    shared = {
+        "unet": components.unet,
+        "vae": components.vae,
+        **components.text_encoders,
+        **{TOKENIZERS[name]: tokenizer for name, tokenizer in components.tokenizers.items()},
+        "scheduler": diffusers.EulerDiscreteScheduler.from_config(SCHEDULER_CONFIG),
+    }
+    if components.is_sdxl:
+        return diffusers.StableDiffusionXLPipeline(**shared, add_watermarker=False)
+    return diffusers.StableDiffusionPipeline(
+        **shared, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
