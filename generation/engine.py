@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,15 +14,15 @@ import torch
 from PIL import Image
 
 from generation import metadata, outputs
-from generation.adapter_manager import AdapterManager, replace_all_trigger_words
+from generation.adapters import Adapter, replace_all_trigger_words
 from generation.base_models import BASE_MODELS, DEFAULT_BASE_MODEL, BaseModelSpec
-from generation.conditioning import PromptEmbeddings, PromptEncoder
+from generation.conditioning import PromptEncoder
 from generation.controlnet import render_control_maps
 from generation.crop import CoverFit, CropRegion
 from generation.errors import InvalidRequest, OutOfDeviceMemory
 from generation.input_images import read_inputs
 from generation.latents import decode_latents
-from generation.lora_merger import Adapter, Tokenizers, text_encoder_cache_key
+from generation.lora import AdapterManager, Tokenizers, text_encoder_cache_key
 from generation.options import GenerationRequest
 from generation.plan import GenerationPlan
 from generation.postprocess import PostProcessor
@@ -99,9 +100,7 @@ class Engine:
             self._operator_weights = source, Tokens(hub or None, civitai or None)
             self._models.drop(self._spec(None).weights)  # it may share networks; it will change
         for name in models or (self._default,):
-            spec = self._spec(name)
-            _, adapters = self._load_base(spec)
-            self._model_adapters(spec, adapters)
+            self._load_base(self._spec(name))
         self._postprocessor.load_safety_checker()
 
     @torch.inference_mode()
@@ -118,8 +117,8 @@ class Engine:
         spec = self._spec(request.model)
         inputs = read_inputs(request)
         plan = resolve(request, spec, inputs.image_size, inputs.control_size)
-        images, mask = inputs.fit(plan)
-        controls = inputs.fit_controls(plan)
+        images, mask = inputs.fit(plan) if inputs.image else ([], None)
+        controls = inputs.fit_controls(plan) if inputs.controls else {}
         timings = Timings(self.device)
         if plan.control_maps.only:
             return self._generate_control_maps(plan, controls, folder, timings)
@@ -137,7 +136,8 @@ class Engine:
                     factor = max(stage.width / images[0].width, stage.height / images[0].height)
                     images = self._postprocessor.upscale(images, factor, plan.upscaler, timings)
                 start = prepare_stage(stage, plan, spec, images, mask)
-                maps = self._control_maps(plan, controls, start.region, timings)
+                if plan.controlnets:
+                    maps = self._control_maps(plan, controls, start.region, timings)
                 latents = sampler.sample(stage, start, maps)
                 with timings.measure("decode"):
                     images = start.merge(decode_latents(models.base, latents))
@@ -165,8 +165,7 @@ class Engine:
 
     def _load(self, spec: BaseModelSpec, plan: GenerationPlan) -> RequestModels:
         """Load what a plan needs. Raises a WeightsError."""
-        base, adapters = self._load_base(spec)
-        model_adapters = self._model_adapters(spec, adapters)
+        base, adapters, model_adapters = self._load_base(spec)
         if plan.check_safety:
             self._postprocessor.load_safety_checker()
         needed = sorted({c.weights for c in plan.controlnets if c.has_effect})
@@ -177,7 +176,10 @@ class Engine:
             refiner = self._models.refiner(spec.refiner.weights, spec.weights, base)
         return RequestModels(base, refiner, controlnets, adapters, model_adapters)
 
-    def _load_base(self, spec: BaseModelSpec) -> tuple[LoadedModel, AdapterManager]:
+    def _load_base(
+        self, spec: BaseModelSpec
+    ) -> tuple[LoadedModel, AdapterManager, Sequence[Adapter]]:
+        """Load a base model, with the operator's weights, and the LoRA that is a part of it."""
         # Models share networks: what a cancelled request left in one would count as original.
         for manager in self._adapters.values():
             manager.recover()
@@ -191,14 +193,11 @@ class Engine:
             if operator_weights is not None:
                 adapters.set_operator_weights(*operator_weights)
             self._adapters[model] = adapters
-        return model, self._adapters[model]
-
-    def _model_adapters(self, spec: BaseModelSpec, adapters: AdapterManager) -> list[Adapter]:
-        """Return the LoRA that is a part of the model, if there is one."""
-        if spec.adapter is None:
-            return []
-        (file,) = cache.ensure(spec.adapter, self._edition).glob("*.safetensors")
-        return [adapters.model_adapter(spec.adapter, file)]
+        adapters, model_adapters = self._adapters[model], []
+        if spec.adapter is not None:
+            (file,) = cache.ensure(spec.adapter, self._edition).glob("*.safetensors")
+            model_adapters.append(adapters.model_adapter(spec.adapter, file))
+        return model, adapters, model_adapters
 
     def _stage_sampler(
         self,
@@ -210,17 +209,17 @@ class Engine:
         timings: Timings,
     ) -> StageSampler:
         """Encode the prompts, and return what the stages share."""
-        prompt = replace_all_trigger_words(plan.prompt, adapters)
-        negative = None
-        if plan.do_classifier_free_guidance:
-            negative = replace_all_trigger_words(plan.negative_prompt, adapters)
-        state = (spec.weights, text_encoder_cache_key(adapters))
-
-        def encode(model: LoadedModel) -> PromptEmbeddings:
-            return self._prompts.encode(
-                model.components, tokenizers, prompt, negative, plan.clip_skip, state
-            )
-
+        prompts = [plan.prompt, plan.negative_prompt]
+        if adapters:
+            prompts = [replace_all_trigger_words(text, adapters) for text in prompts]
+        encode = functools.partial(
+            self._prompts.encode,
+            tokenizers=tokenizers,
+            prompt=prompts[0],
+            negative_prompt=prompts[1] if plan.do_classifier_free_guidance else None,
+            clip_skip=plan.clip_skip,
+            state=(spec.weights, text_encoder_cache_key(adapters)),
+        )
         with timings.measure("text"):
             return StageSampler(
                 plan=plan,
@@ -228,8 +227,8 @@ class Engine:
                 base=models.base,
                 refiner=models.refiner,
                 controlnets=models.controlnets,
-                prompts=encode(models.base),
-                refiner_prompts=encode(models.refiner) if models.refiner else None,
+                prompts=encode(models.base.components),
+                refiner_prompts=encode(models.refiner.components) if models.refiner else None,
                 generators=[torch.Generator("cpu").manual_seed(seed) for seed in plan.seeds],
                 timings=timings,
             )
@@ -242,8 +241,6 @@ class Engine:
         timings: Timings,
     ) -> dict[str, Image.Image]:
         """Return the control maps of a region, by input."""
-        if not plan.controlnets:
-            return {}
         with timings.measure("control_maps"):
             settings = plan.control_maps.annotators
             return render_control_maps(

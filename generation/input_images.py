@@ -22,25 +22,16 @@ class InputImages:
     image: SourceImage | None
     mask: Image.Image | None  # L
     controls: Mapping[str, SourceImage]  # by the inputs of their ControlNets: controlnet_1 ...
-
-    @property
-    def image_size(self) -> Size | None:
-        """(width, height) of the image."""
-        return self.image.rgb.size if self.image else None
-
-    @property
-    def control_size(self) -> Size | None:
-        """(width, height) of the first control image."""
-        return next((control.rgb.size for control in self.controls.values()), None)
+    image_size: Size | None  # (width, height) of the image
+    control_size: Size | None  # of the first control image
 
     def fit(self, plan: GenerationPlan) -> tuple[list[Image.Image], Mask | None]:
-        """Return the image, covering the plan's size, in a list if there is one, and its mask.
+        """Return the image, covering the plan's size, in a list, and its mask.
 
         Raises:
             InvalidRequest: the mask fits the image badly, or leaves nothing to repaint.
         """
-        if self.image is None:
-            return [], None
+        assert self.image is not None
         # Outpainting reaches the plan's size step by step.
         size = self.image.rgb.size if plan.mode is Mode.OUTPAINT else (plan.width, plan.height)
         mask = None
@@ -63,12 +54,16 @@ def read_inputs(request: GenerationRequest) -> InputImages:
         BadImage: one cannot be read.
     """
     resolve_mode(request)
+    image = read_image(request.image, "image") if request.image else None
+    controls = {
+        f"controlnet_{n}": read_image(control.image, f"controlnet_{n}_image")
+        for n, control in enumerate(request.controls, 1)
+        if control.image is not None
+    }
     return InputImages(
-        image=read_image(request.image, "image") if request.image else None,
-        mask=read_mask(request.mask, "mask") if request.mask else None,
-        controls={
-            f"controlnet_{n}": read_image(control.image, f"controlnet_{n}_image")
-            for n, control in enumerate(request.controls, 1)
-            if control.image is not None
-        },
+        image,
+        read_mask(request.mask, "mask") if request.mask else None,
+        controls,
+        image.rgb.size if image else None,
+        next((control.rgb.size for control in controls.values()), None),
     )

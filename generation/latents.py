@@ -69,7 +69,7 @@ def encode_images(
 
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     pixels = 2 * (pixels.permute(0, 3, 1, 2).float() / 255) - 1  # (N, 3, H, W) in [-1, 1]
-    parameters = model.graphs.run("encode", encode, pixels.to(vae.device, vae.dtype)).float()
+    parameters = model.graphs.run("encode", encode, pixels.to(model.device, model.dtype)).float()
     if len(images) < len(generators):
         parameters = parameters.expand(len(generators), -1, -1, -1)
     distribution = DiagonalGaussianDistribution(parameters)
@@ -89,7 +89,7 @@ def decode_latents(model: LoadedModel, latents: Tensor) -> list[Image.Image]:
         values: Tensor = (shares * 255).round().to(torch.uint8)
         return values
 
-    return to_images(model.graphs.run("decode", decode, latents.to(vae.dtype)))
+    return to_images(model.graphs.run("decode", decode, latents.to(model.dtype)))
 
 
 def to_images(values: Tensor) -> list[Image.Image]:

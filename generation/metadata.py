@@ -6,11 +6,11 @@ import json
 import re
 from collections.abc import Sequence
 
+from generation.adapters import Adapter
 from generation.base_models import BaseModelSpec
-from generation.lora_merger import Adapter
 from generation.options import Upscaler
 from generation.plan import GenerationPlan, Mode
-from generation.schedulers import a1111_name
+from generation.schedulers import A1111_SCHEDULE_NAMES, SCHEDULERS
 
 PROGRAM = "cog-stable-diffusion"
 MAX_PROMPT_CHARACTERS = 10_000  # of each prompt, in UTF-16: a JPEG has room for 32,000 in all
@@ -27,9 +27,10 @@ def describe(
     AUTOMATIC1111/stable-diffusion-webui, modules/infotext_utils.py: parse_generation_parameters;
     Civitai and ComfyUI read the same. "Inputs" is this project's: the request's inputs as JSON.
     """
+    sampler = f"{SCHEDULERS[plan.scheduler].a1111} {A1111_SCHEDULE_NAMES[plan.schedule_type]}"
     settings: dict[str, object] = {
         "Steps": plan.num_inference_steps,
-        "Sampler": a1111_name(plan.scheduler, plan.schedule_type),
+        "Sampler": sampler.strip(),
         "CFG scale": f"{plan.guidance_scale:g}",
         "Seed": seed,
         "Size": f"{plan.width}x{plan.height}",

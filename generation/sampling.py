@@ -7,12 +7,15 @@ tensor on a GPU, a CPU tensor of no dimensions is a number.
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +24,7 @@ from tqdm import tqdm
 from generation.conditioning import Conditioning
 from generation.controlnet import ActiveControlNet, Residuals, add_residuals
 from generation.latents import Generators, NonBlockingCopies, copy_to_device
+from generation.schedulers import SCHEDULE_OVERRIDES, SCHEDULERS, ScheduleType
 from models.cache import LoadedModel
 
 if TYPE_CHECKING:
@@ -36,16 +40,14 @@ class Timesteps:
     end: int  # one after the last
     preceding: int = 0  # steps of the same image that another model has made
 
-    def __len__(self) -> int:
-        return self.end - self.begin
-
-    def __getitem__(self, step: int) -> Tensor:
-        return self.scheduled[self.begin + step]
+    @property
+    def sampled(self) -> Tensor:
+        """(end - begin,) on the CPU."""
+        return self.scheduled[self.begin : self.end]
 
     def until(self, cutoff: int) -> Timesteps:
         """Return the steps at or above a timestep: a base model's part of an ensemble."""
-        sampled = self.scheduled[self.begin : self.end]
-        return replace(self, end=self.begin + int((sampled >= cutoff).sum()))
+        return replace(self, end=self.begin + int((self.sampled >= cutoff).sum()))
 
     def below(self, cutoff: int, order: int) -> Timesteps:
         """Return the steps below a timestep: a refiner's part of an ensemble.
@@ -64,10 +66,33 @@ class Timesteps:
         index = self.begin + step + 1
         return self.scheduled[index] if index < len(self.scheduled) else None
 
-    def progress(self, step: int) -> tuple[float, float]:
-        """Return the shares of the image's steps before and after a step, in [0, 1]."""
-        total = self.preceding + len(self.scheduled) - self.begin
-        return (self.preceding + step) / total, (self.preceding + step + 1) / total
+
+def build_scheduler(
+    name: str, schedule_type: ScheduleType, published_config: Mapping[str, object]
+) -> SchedulerMixin:
+    """Return a new scheduler of the registry from the config that a model was published with.
+
+    Never from another scheduler's config: its overrides would stay for the rest of the process
+    (after one KarrasDPM request every later scheduler would use Karras sigmas).
+    """
+    config = json.dumps(dict(published_config), sort_keys=True)
+    return copy.deepcopy(_scheduler_template(name, schedule_type, config))
+
+
+@functools.lru_cache(maxsize=128)
+def _scheduler_template(name: str, schedule_type: ScheduleType, config_json: str) -> SchedulerMixin:
+    """Return a scheduler to copy: making diffusers' DPM2 takes half a second, a copy 1 ms."""
+    import diffusers
+
+    spec = SCHEDULERS[name]
+    config = {**json.loads(config_json), **spec.overrides, **SCHEDULE_OVERRIDES[schedule_type]}
+    scheduler_class = getattr(diffusers, spec.class_name)
+    # The model's config was written for another class: diffusers warns of what this one lacks.
+    known = inspect.signature(scheduler_class.__init__).parameters
+    scheduler: SchedulerMixin = scheduler_class.from_config(
+        {key: value for key, value in config.items() if key in known}
+    )
+    return scheduler
 
 
 def select_timesteps(
@@ -76,25 +101,7 @@ def select_timesteps(
     """Set a scheduler's timesteps; the last `strength` of them are sampled (arXiv:2108.01073)."""
     scheduler.set_timesteps(num_inference_steps, device="cpu")
     skipped = num_inference_steps - int(num_inference_steps * strength)
-    begin = skipped * scheduler.order
-    return Timesteps(scheduler.timesteps, begin, len(scheduler.timesteps))
-
-
-def noised(
-    scheduler: SchedulerMixin, latents: Tensor, noise: Tensor, timestep: Tensor | None
-) -> Tensor:
-    """Return latents with the noise of a timestep (on the CPU; None: without noise).
-
-    Every scheduler's `add_noise` is a · latents + b · noise; on ones and zeros it returns a and b
-    without copying its table of noise levels to the latents' device.
-    """
-    if timestep is None:
-        return latents
-    one, level = torch.ones(1), timestep[None]
-    a = scheduler.add_noise(one, 0 * one, level)[0]
-    b = scheduler.add_noise(0 * one, one, level)[0]
-    result: Tensor = a * latents + b * noise
-    return result
+    return Timesteps(scheduler.timesteps, skipped * scheduler.order, end=len(scheduler.timesteps))
 
 
 def refiner_cutoff(
@@ -105,7 +112,7 @@ def refiner_cutoff(
     None if no step is left for it. The base model makes the first step at least, because the
     refiner cannot start from pure noise.
     """
-    sampled = timesteps.scheduled[timesteps.begin : timesteps.end].tolist()
+    sampled = timesteps.sampled.tolist()
     cutoff: int = min(round(num_train_timesteps * (1 - high_noise_frac)), math.floor(sampled[0]))
     if any(t < cutoff for t in sampled):
         return cutoff
@@ -125,7 +132,7 @@ def initial_latents(
     if init is None:
         sample: Tensor = noise * scheduler.init_noise_sigma
         return sample
-    return noised(scheduler, init, noise, timesteps[0])
+    return noised(scheduler, init, noise, timesteps.sampled[0])
 
 
 def start_from(
@@ -153,6 +160,23 @@ def start_from(
         )
 
 
+def noised(
+    scheduler: SchedulerMixin, latents: Tensor, noise: Tensor, timestep: Tensor | None
+) -> Tensor:
+    """Return latents with the noise of a timestep (on the CPU; None: without noise).
+
+    Every scheduler's `add_noise` is a · latents + b · noise; on ones and zeros it returns a and b
+    without copying its table of noise levels to the latents' device.
+    """
+    if timestep is None:
+        return latents
+    one, level = torch.ones(1), timestep[None]
+    a = scheduler.add_noise(one, 0 * one, level)[0]
+    b = scheduler.add_noise(0 * one, one, level)[0]
+    result: Tensor = a * latents + b * noise
+    return result
+
+
 @dataclass(frozen=True)
 class GuidanceInterval:
     """Classifier-free guidance in a part of the steps (arXiv:2207.12598, 2404.07724)."""
@@ -174,24 +198,25 @@ class CFGDenoiser:
     guidance: GuidanceInterval | None  # None: the prompts alone
     controlnets: Sequence[ActiveControlNet] = ()
 
-    def __call__(self, sample: Tensor, timestep: Tensor, progress: tuple[float, float]) -> Tensor:
+    def __call__(self, sample: Tensor, timestep: Tensor, before: float, after: float) -> Tensor:
         """Return the prediction (N, 4, H/8, W/8) in fp32 for a scaled sample of that shape.
 
-        `progress`: the shares of the steps before and after this one.
+        `before` and `after` are the shares of an image's steps that are done around this one. As in
+        diffusers, an interval holds a step if it holds both.
         """
         guidance, conditioning = self.guidance, self.conditioning
         if guidance is not None:
-            if is_active(guidance.start, guidance.end, progress):
+            if guidance.start <= before and after <= guidance.end:
                 sample = torch.cat([sample, sample])
             else:
                 guidance, conditioning = None, conditioning.of_prompts()
         unet = self.model.components.unet
-        sample = sample.to(unet.dtype)
+        sample = sample.to(self.model.dtype)
         # As a number: copying the tensor to a GPU would wait for it.
         t = torch.full((), float(timestep), dtype=torch.float32, device=sample.device)
         residuals: Residuals | None = None
         for controlnet in self.controlnets:
-            if is_active(controlnet.plan.start, controlnet.plan.end, progress):
+            if controlnet.plan.start <= before and after <= controlnet.plan.end:
                 added = controlnet.residuals(sample, t, conditioning)
                 residuals = added if residuals is None else add_residuals(residuals, added)
         arguments = conditioning.unet_arguments()
@@ -204,11 +229,6 @@ class CFGDenoiser:
             return noise_pred
         negative, positive = noise_pred.chunk(2)
         return negative + guidance.scale * (positive - negative)
-
-
-def is_active(start: float, end: float, progress: tuple[float, float]) -> bool:
-    """Whether a step lies within [start, end], shares of the steps, as diffusers decides it."""
-    return start <= progress[0] and progress[1] <= end
 
 
 @dataclass(frozen=True)
@@ -228,7 +248,8 @@ class KnownLatents:
     ) -> Tensor:
         """Return the sample after a step with the known latents, as noisy, where they belong."""
         known = noised(scheduler, self.latents, self.noise, timesteps.after(step))
-        return torch.where(self.editable(step, len(timesteps)), sample, known)
+        editable = self.editable(step, timesteps.end - timesteps.begin)
+        return torch.where(editable, sample, known)
 
 
 def denoise(
@@ -240,29 +261,23 @@ def denoise(
     known: KnownLatents | None = None,
 ) -> Tensor:
     """Sample latents (N, 4, H/8, W/8) from a noisy sample; outside a mask they follow `known`."""
-    arguments = _step_arguments(scheduler, generators)
+    accepted = inspect.signature(scheduler.step).parameters
+    # As diffusers' pipelines: DDIM and TCD add no noise, others draw it by the generators.
+    arguments = {"eta": 0.0, "generator": list(generators), "return_dict": False}
+    arguments = {name: value for name, value in arguments.items() if name in accepted}
     draws = "generator" in arguments and sample.device.type != "cpu"
-    total = -(-len(timesteps) // scheduler.order)
+    steps = len(timesteps.sampled)
+    image_steps = timesteps.preceding + len(timesteps.scheduled) - timesteps.begin
+    total = -(-steps // scheduler.order)
     with tqdm(total=total, mininterval=1.0) as bar:
-        for step in range(len(timesteps)):
-            t = timesteps[step]
-            scaled = scheduler.scale_model_input(sample, t)
-            noise_pred = denoiser(scaled, t, timesteps.progress(step))
+        for step, t in enumerate(timesteps.sampled):
+            before = (timesteps.preceding + step) / image_steps
+            after = (timesteps.preceding + step + 1) / image_steps
+            noise_pred = denoiser(scheduler.scale_model_input(sample, t), t, before, after)
             with NonBlockingCopies() if draws else nullcontext():
-                sample = scheduler.step(noise_pred, t, sample, return_dict=False, **arguments)[0]
+                sample = scheduler.step(noise_pred, t, sample, **arguments)[0]
             if known is not None:
                 sample = known.restore(sample, scheduler, timesteps, step)
-            if step == len(timesteps) - 1 or (step + 1) % scheduler.order == 0:
+            if step == steps - 1 or (step + 1) % scheduler.order == 0:
                 bar.update(min(1, total - bar.n))
     return sample
-
-
-def _step_arguments(scheduler: SchedulerMixin, generators: Generators) -> dict[str, Any]:
-    """Return what `scheduler.step` takes beside the prediction, as diffusers' pipelines pass it."""
-    accepted = inspect.signature(scheduler.step).parameters
-    arguments: dict[str, Any] = {}
-    if "eta" in accepted:
-        arguments["eta"] = 0.0  # DDIM's and TCD's: without noise of its own
-    if "generator" in accepted:
-        arguments["generator"] = list(generators)
-    return arguments

@@ -5,17 +5,9 @@ replicate/cog-sdxl's seven names come first, with its exact meanings; the others
 
 from __future__ import annotations
 
-import copy
-import functools
-import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
 
 Overrides = Mapping[str, bool | str | float]
 
@@ -29,7 +21,7 @@ class ScheduleType(StrEnum):
     SGM_UNIFORM = "sgm_uniform"  # evenly in time, from the last timestep on ("trailing")
 
 
-_OF_TYPE: dict[ScheduleType, Overrides] = {
+SCHEDULE_OVERRIDES: dict[ScheduleType, Overrides] = {
     ScheduleType.AUTOMATIC: {},
     ScheduleType.KARRAS: {"use_karras_sigmas": True},
     ScheduleType.EXPONENTIAL: {"use_exponential_sigmas": True},
@@ -39,7 +31,7 @@ _AUTOMATIC = (ScheduleType.AUTOMATIC,)
 _IN_TIME = (ScheduleType.AUTOMATIC, ScheduleType.SGM_UNIFORM)
 _IN_SIGMA = (ScheduleType.AUTOMATIC, ScheduleType.KARRAS, ScheduleType.EXPONENTIAL)
 _ANY = tuple(ScheduleType)
-_NAMES = {
+A1111_SCHEDULE_NAMES = {
     ScheduleType.AUTOMATIC: "",
     ScheduleType.KARRAS: "Karras",
     ScheduleType.EXPONENTIAL: "Exponential",
@@ -90,36 +82,3 @@ SCHEDULERS: dict[str, SchedulerSpec] = {
     "LCM": SchedulerSpec("LCMScheduler", "LCM", _AUTOMATIC, max_steps=_DISTILLED_STEPS),
     "TCD": SchedulerSpec("TCDScheduler", "TCD", _AUTOMATIC, max_steps=_DISTILLED_STEPS),
 }
-
-
-def a1111_name(name: str, schedule_type: ScheduleType) -> str:
-    """The sampler as A1111 writes it, with the kind of spacing."""
-    return f"{SCHEDULERS[name].a1111} {_NAMES[schedule_type]}".strip()
-
-
-def build_scheduler(
-    name: str, schedule_type: ScheduleType, published_config: Mapping[str, object]
-) -> SchedulerMixin:
-    """Return a new scheduler of the registry from the config that a model was published with.
-
-    Never from another scheduler's config: its overrides would stay for the rest of the process
-    (after one KarrasDPM request every later scheduler would use Karras sigmas).
-    """
-    config = json.dumps(dict(published_config), sort_keys=True)
-    return copy.deepcopy(_scheduler_template(name, schedule_type, config))
-
-
-@functools.lru_cache(maxsize=128)
-def _scheduler_template(name: str, schedule_type: ScheduleType, config_json: str) -> SchedulerMixin:
-    """Return a scheduler to copy: making diffusers' DPM2 takes half a second, a copy 1 ms."""
-    import diffusers
-
-    spec = SCHEDULERS[name]
-    config = {**json.loads(config_json), **spec.overrides, **_OF_TYPE[schedule_type]}
-    scheduler_class = getattr(diffusers, spec.class_name)
-    # The model's config was written for another class: diffusers warns of what this one lacks.
-    known = inspect.signature(scheduler_class.__init__).parameters
-    scheduler: SchedulerMixin = scheduler_class.from_config(
-        {key: value for key, value in config.items() if key in known}
-    )
-    return scheduler

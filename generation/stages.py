@@ -30,20 +30,19 @@ from generation.sampling import (
     CFGDenoiser,
     GuidanceInterval,
     KnownLatents,
-    Timesteps,
+    build_scheduler,
     denoise,
     initial_latents,
     refiner_cutoff,
     select_timesteps,
     start_from,
 )
-from generation.schedulers import build_scheduler
 from generation.sizes import SIDE_MULTIPLE, Size
 from generation.timings import Timings
 from models.cache import LoadedControlNet, LoadedModel
 
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
+    pass
 
 
 @dataclass(frozen=True)
@@ -113,14 +112,16 @@ class StageSampler:
         self, stage: StagePlan, start: StageInput, maps: Mapping[str, Image.Image]
     ) -> Tensor:
         """Return a stage's latents (N, 4, H/8, W/8); `maps` are the control maps by input."""
-        init, change = self._encode(start)
+        init, change = self._encode(start) if start.images else (None, None)
         with self.timings.measure("denoise"):
             config = {**self.base.components.scheduler_config, **self.spec.scheduler_config}
-            scheduler = self._scheduler(config)
+            scheduler = build_scheduler(self.plan.scheduler, self.plan.schedule_type, config)
             timesteps = select_timesteps(scheduler, stage.num_inference_steps, stage.strength)
-            cutoff = self._refiner_cutoff(stage, scheduler, timesteps)
-            if cutoff is not None:
-                timesteps = timesteps.until(cutoff)
+            refine, cutoff = self.plan.refine if stage.is_refined else None, None
+            if refine is not None and refine.style is Refine.EXPERT_ENSEMBLE:
+                levels = scheduler.config.num_train_timesteps
+                cutoff = refiner_cutoff(timesteps, refine.high_noise_frac, levels)
+                timesteps = timesteps if cutoff is None else timesteps.until(cutoff)
             noise = self._noise(start.region.size)
             starts_from_noise = init is None or (change is not None and stage.strength == 1)
             latents = initial_latents(
@@ -136,13 +137,11 @@ class StageSampler:
         with self.timings.measure("refine"):
             return self._refine(self.refiner, stage, start.region.size, latents, known, cutoff)
 
-    def _encode(self, start: StageInput) -> tuple[Tensor | None, Tensor | None]:
-        """Return the latents that a stage starts from, if any, and what inpainting may change.
+    def _encode(self, start: StageInput) -> tuple[Tensor, Tensor | None]:
+        """Return the latents that a stage starts from, and what inpainting may change of them.
 
         That is (1, 1, H/8, W/8) in [0, 1], see `KnownLatents`.
         """
-        if not start.images:
-            return None, None
         with self.timings.measure("encode"):
             init = encode_images(self.base, start.model_images(), self.generators)
         if start.inpaint is None:
@@ -151,16 +150,6 @@ class StageSampler:
         if self.plan.repaint and self.plan.repaint.masked_content is MaskedContent.NOISE:
             init = torch.where(change >= 1, self._noise(start.region.size), init)
         return init, change
-
-    def _refiner_cutoff(
-        self, stage: StagePlan, scheduler: SchedulerMixin, timesteps: Timesteps
-    ) -> int | None:
-        """Return the timestep below which the refiner continues; None: the base makes all."""
-        refine = self.plan.refine
-        if refine is None or not stage.is_refined or refine.style is not Refine.EXPERT_ENSEMBLE:
-            return None
-        levels = scheduler.config.num_train_timesteps
-        return refiner_cutoff(timesteps, refine.high_noise_frac, levels)
 
     def _refine(
         self,
@@ -177,7 +166,8 @@ class StageSampler:
         assert self.refiner_prompts is not None
         if known is not None:  # the base has opened grey parts: the refiner may change them at once
             known = replace(known, change=(known.change > 0).to(known.change))
-        scheduler = self._scheduler(refiner.components.scheduler_config)
+        config = refiner.components.scheduler_config
+        scheduler = build_scheduler(self.plan.scheduler, self.plan.schedule_type, config)
         if refine.style is Refine.BASE_IMAGE:
             timesteps = select_timesteps(scheduler, refine.num_inference_steps, BASE_IMAGE_STRENGTH)
             noise = self._noise(size)
@@ -192,13 +182,10 @@ class StageSampler:
         denoiser = self._denoiser(refiner, self.refiner_prompts, size, {})
         return denoise(denoiser, scheduler, timesteps, self.generators, latents, known)
 
-    def _scheduler(self, config: Mapping[str, object]) -> SchedulerMixin:
-        return build_scheduler(self.plan.scheduler, self.plan.schedule_type, config)
-
     def _noise(self, size: Size) -> Tensor:
         """Draw noise (N, 4, H/8, W/8) for images of a size."""
         shape = (LATENT_CHANNELS, size[1] // SIDE_MULTIPLE, size[0] // SIDE_MULTIPLE)
-        return randn(self.generators, shape, self.base.components.unet.device)
+        return randn(self.generators, shape, self.base.device)
 
     def _denoiser(
         self,
@@ -207,14 +194,14 @@ class StageSampler:
         size: Size,
         maps: Mapping[str, Image.Image],
     ) -> CFGDenoiser:
-        plan, unet = self.plan, model.components.unet
+        plan = self.plan
         guidance = None
         if plan.do_classifier_free_guidance:
             guidance = GuidanceInterval(plan.guidance_scale, plan.guidance_start, plan.guidance_end)
-        n_images = len(self.generators)
-        return CFGDenoiser(
-            model,
-            condition(model.components, prompts, size, n_images, plan.guidance_scale),
-            guidance,
-            active_controlnets(plan.controlnets, self.controlnets, maps, unet.device, unet.dtype),
-        )
+        n_images, controlnets = len(self.generators), []
+        conditioning = condition(model.components, prompts, size, n_images, plan.guidance_scale)
+        if maps:
+            controlnets = active_controlnets(
+                plan.controlnets, self.controlnets, maps, model.device, model.dtype
+            )
+        return CFGDenoiser(model, conditioning, guidance, controlnets)

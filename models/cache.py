@@ -26,6 +26,9 @@ class LoadedModel:
 
     components: ModelComponents
     graphs: CUDAGraphRunner
+    # diffusers' properties of these names look through all modules, 2,700 of them in SDXL.
+    device: torch.device
+    dtype: torch.dtype
 
     def modules(self) -> list[nn.Module]:
         """Return every network."""
@@ -63,7 +66,7 @@ class ModelCache:
         budget: int | None = None,
         compiles: bool = False,
     ) -> None:
-        self._device, self._budget = device, budget
+        self._device, self._dtype, self._budget = device, dtype, budget
         self._loader = ModelLoader(edition, dtype)
         self._entries: OrderedDict[str, Entry] = OrderedDict()  # last used last
         self.execution = ExecutionConfig.for_device(device, compiles)
@@ -75,7 +78,7 @@ class ModelCache:
 
         def load() -> LoadedModel:
             components = self._loader.base_model(weights, components_from, unshared)
-            return LoadedModel(components, self._runner())
+            return self._loaded_model(components)
 
         return self._get(weights, load)
 
@@ -83,7 +86,7 @@ class ModelCache:
         """Return the refiner of a base model that is loaded."""
 
         def load() -> LoadedModel:
-            return LoadedModel(self._loader.refiner(weights, base.components), self._runner())
+            return self._loaded_model(self._loader.refiner(weights, base.components))
 
         known = self._entries.get(weights)
         if isinstance(known, LoadedModel) and known.components.vae is not base.components.vae:
@@ -94,7 +97,8 @@ class ModelCache:
         """Return a ControlNet; the entries in `keep` are not dropped for it."""
 
         def load() -> LoadedControlNet:
-            return LoadedControlNet(self._loader.controlnet(weights), self._runner())
+            graphs = CUDAGraphRunner(self.execution)
+            return LoadedControlNet(self._loader.controlnet(weights), graphs)
 
         return self._get(weights, load, keep)
 
@@ -107,8 +111,9 @@ class ModelCache:
         for entry in self._entries.values():
             entry.graphs.clear()
 
-    def _runner(self) -> CUDAGraphRunner:
-        return CUDAGraphRunner(self.execution)
+    def _loaded_model(self, components: ModelComponents) -> LoadedModel:
+        graphs = CUDAGraphRunner(self.execution)
+        return LoadedModel(components, graphs, self._device, self._dtype)
 
     def _get(self, weights: str, load: Callable[[], E], keep: Collection[str] = ()) -> E:
         if weights not in self._entries:

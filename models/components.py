@@ -26,12 +26,8 @@ class ModelComponents:
     text_encoders: Mapping[str, CLIPTextModel | CLIPTextModelWithProjection]  # keys of TOKENIZERS
     tokenizers: Mapping[str, CLIPTokenizer]  # by their text encoder's name
     scheduler_config: Mapping[str, object]  # as published, never that of a scheduler in use
+    is_sdxl: bool  # the UNet takes pooled embeddings and time ids (arXiv:2307.01952, section 2.2)
     requires_aesthetics_score: bool = False  # time ids end with a score, not with the target size
-
-    @property
-    def is_sdxl(self) -> bool:
-        """Whether the UNet takes pooled embeddings and time ids (arXiv:2307.01952, section 2.2)."""
-        return "text_encoder_2" in self.text_encoders
 
     def modules(self) -> list[nn.Module]:
         """Return every network."""

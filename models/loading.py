@@ -99,6 +99,7 @@ class ModelLoader:
             text_encoders={name: self._load_shared(folder, name, unshared) for name in tokenizers},
             tokenizers=tokenizers,
             scheduler_config=read_scheduler_config(folder),
+            is_sdxl="text_encoder_2" in tokenizers,
         )
 
     def refiner(self, weights: str, base: ModelComponents) -> ModelComponents:
@@ -111,6 +112,7 @@ class ModelLoader:
             text_encoders={name: base.text_encoders[name]},
             tokenizers={name: base.tokenizers[name]},
             scheduler_config=read_scheduler_config(folder),
+            is_sdxl=True,
             requires_aesthetics_score=bool(read_model_index(folder)["requires_aesthetics_score"]),
         )
 

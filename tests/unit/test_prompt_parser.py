@@ -169,7 +169,7 @@ def test_limits():
     more = many + "[a]"
     assert parse(more).is_plain
     assert parse(more).plain == more
-    assert "lowers 25 segments" in parse(more).notes[0]
+    assert "weight of 25 segments" in parse(more).notes[0]
     quoted = ", ".join(['"a"'] * (MAX_SEGMENTS + 1))
     assert f"{MAX_SEGMENTS} at most" in parse(f"({quoted}).and()").notes[0]
 

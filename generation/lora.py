@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,59 +13,110 @@ from cachetools import LRUCache
 from torch import Tensor, nn
 
 from generation import delta_merge
-from models.components import ModelComponents
+from generation.adapters import (
+    Adapter,
+    report_shared_trigger_words,
+    with_unique_placeholder_tokens,
+)
+from generation.errors import InvalidRequest
+from generation.plan import WeightsUse
+from models.components import UNET, ModelComponents
 from models.tokens import add_placeholder_tokens, text_transformer
-from weights.trained import Pooling, TokenVectors, TrainedWeights
+from weights import sources
+from weights.references import OPERATOR, Source, Tokens
+from weights.trained import ModelShapes, Pooling, TokenVectors, TrainedWeights, read_trained
 from weights.trained_types import TEXT_ENCODERS
 
 Tokenizers = Mapping[str, Any]  # text encoder → tokenizer
-_MAX_TOKENIZERS = 16  # that are kept: extending one takes tens of milliseconds
+
+MEMORY_BYTES = 2_000_000_000  # of weights kept in memory: some ten LoRAs of rank 32 for SDXL
+MAX_TOKENIZERS = 16  # that are kept: extending one takes tens of milliseconds
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """Trained weights and the scale of their LoRA: any sign, 1 as trained."""
+class AdapterManager:
+    """The adapters of one loaded model: a request's, the operator's and the model's."""
 
-    weights: TrainedWeights
-    scale: float
-
-
-def with_unique_placeholder_tokens(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Rename placeholder tokens so that no two adapters share one.
-
-    Every file names its tokens <s0>, <s1> ...; the first adapter keeps them, as users may have
-    typed them.
-    """
-    return [adapter if k == 0 else _renamed(adapter, k) for k, adapter in enumerate(adapters)]
-
-
-def _renamed(adapter: Adapter, number: int) -> Adapter:
-    def rename(text: str) -> str:
-        return re.sub(r"<s(\d+)>", rf"<a{number}s\1>", text)
-
-    weights = adapter.weights
-    embeddings = tuple(
-        replace(v, placeholder_tokens=tuple(map(rename, v.placeholder_tokens)))
-        for v in weights.embeddings
-    )
-    words = {word: rename(tokens) for word, tokens in weights.trigger_words.items()}
-    return replace(adapter, weights=replace(weights, embeddings=embeddings, trigger_words=words))
-
-
-def text_encoder_cache_key(adapters: Sequence[Adapter]) -> Hashable:
-    """Return a key that is equal where the adapters change text encoders equally.
-
-    An adapter's position decides the names of its tokens.
-    """
-    return tuple(
-        (position, adapter.weights.serial, adapter.scale)
-        for position, adapter in enumerate(adapters)
-        if adapter.weights.embeddings
-        or any(
-            name.startswith(TEXT_ENCODERS)
-            for name in (*adapter.weights.lora, *adapter.weights.parameters)
+    def __init__(self, components: ModelComponents) -> None:
+        self._merger = LoraMerger(components)
+        self._shapes = ModelShapes.of(components.adaptable())
+        self._cache: LRUCache[tuple[str, str], TrainedWeights] = LRUCache(
+            MEMORY_BYTES, getsizeof=lambda weights: weights.n_bytes
         )
-    )
+        self._operator_weights: TrainedWeights | None = None
+        self._model_weights: dict[Path, TrainedWeights] = {}
+
+    def set_operator_weights(self, source: Source, tokens: Tokens) -> None:
+        """Make these weights the default of requests that name none. Raises a WeightsError.
+
+        A checkpoint replaces the base model for good, below whatever requests name.
+        """
+        weights = self._read(OPERATOR, source, tokens)
+        if weights.checkpoint:
+            self._merger.replace_base(weights.parameters)
+        else:
+            self._operator_weights = weights
+
+    def read(self, uses: Sequence[WeightsUse], tokens: Tokens) -> list[Adapter]:
+        """Download and validate what a request uses; nothing is changed yet.
+
+        Raises:
+            InvalidRequest: a checkpoint is given where only an adapter can be.
+            WeightsError: weights cannot be downloaded or read, or are for another model.
+        """
+        adapters, names = [], []
+        for k, use in enumerate(uses):
+            weights = self._operator_weights
+            if use.source is not None:
+                weights = self._read(use.name, use.source, tokens)
+                if k > 0 and weights.parameters:
+                    raise InvalidRequest(
+                        f"{use.name} is {weights.description}: it replaces the base model and"
+                        " cannot be combined with others in loras; give it as replicate_weights"
+                    )
+            if weights is not None:
+                adapters.append(Adapter(weights, use.scale))
+                names.append(use.name)
+        if len(adapters) > 1:
+            adapters = with_unique_placeholder_tokens(adapters)
+            report_shared_trigger_words(adapters, names)
+        return adapters
+
+    def model_adapter(self, name: str, file: Path) -> Adapter:
+        """Return the LoRA that is a part of one of the models: its catalog entry and file."""
+        if file not in self._model_weights:
+            weights = read_trained(file, name, self._shapes)
+            # Text encoders are shared with models that do not have it.
+            assert all(module.startswith(f"{UNET}.") for module in weights.lora), name
+            self._model_weights[file] = weights
+        return Adapter(self._model_weights[file], 1.0)
+
+    @contextmanager
+    def applied(
+        self, adapters: Sequence[Adapter], model_adapters: Sequence[Adapter] = ()
+    ) -> Iterator[Tokenizers]:
+        """Merge the adapters; yield tokenizers that know their placeholder tokens.
+
+        The model's come last: among the others may be a checkpoint, which replaces all values.
+        """
+        keep = all(adapter.weights is self._operator_weights for adapter in adapters)
+        with self._merger.applied([*adapters, *model_adapters], keep) as tokenizers:
+            yield tokenizers
+
+    def recover(self) -> None:
+        """Restore what a cancelled request has left half done."""
+        self._merger.recover()
+
+    def _read(self, name: str, source: Source, tokens: Tokens) -> TrainedWeights:
+        with sources.fetch(source, tokens) as file:
+            key = (file.digest, file.file_name)
+            weights = self._cache.get(key)
+            if weights is None:
+                weights = read_trained(file.path, name, self._shapes, file.file_name)
+                weights = replace(weights, digest=file.digest)
+                if weights.n_bytes <= MEMORY_BYTES:
+                    self._cache[key] = weights
+        print(f"{name}: {weights.description}")
+        return weights
 
 
 class LoraMerger:
@@ -90,7 +141,7 @@ class LoraMerger:
         self._deltas = delta_merge.DeltaCache(self._parameters)
         self._embeddings: dict[str, nn.Parameter] = {}  # text encoder → original token embeddings
         self._pooling_id: int | None = None  # the second text encoder's original eos_token_id
-        self._extended: LRUCache[Hashable, Any] = LRUCache(_MAX_TOKENIZERS)
+        self._extended: LRUCache[Hashable, Any] = LRUCache(MAX_TOKENIZERS)
         self._merged: tuple[Adapter, ...] | None = ()  # None while that changes
         self._tokenizers: Tokenizers = components.tokenizers
         self._owner = object()  # the request that merged them
@@ -221,4 +272,20 @@ def _same(first: Sequence[Adapter], second: Sequence[Adapter]) -> bool:
     """Whether these are the same objects at the same scales: no tensor is compared."""
     return len(first) == len(second) and all(
         a.weights is b.weights and a.scale == b.scale for a, b in zip(first, second, strict=True)
+    )
+
+
+def text_encoder_cache_key(adapters: Sequence[Adapter]) -> Hashable:
+    """Return a key that is equal where the adapters change text encoders equally.
+
+    An adapter's position decides the names of its tokens.
+    """
+    return tuple(
+        (position, adapter.weights.serial, adapter.scale)
+        for position, adapter in enumerate(adapters)
+        if adapter.weights.embeddings
+        or any(
+            name.startswith(TEXT_ENCODERS)
+            for name in (*adapter.weights.lora, *adapter.weights.parameters)
+        )
     )
