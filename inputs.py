@@ -11,6 +11,7 @@
 """
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -116,8 +117,13 @@ def check(instance: object, error: type[Exception]) -> None:
     _check(instance, "", error)
 
 
-def _walk(cls: type[Any], prefix: str, number: int) -> Iterator[tuple[str, Input | _Group]]:
+@functools.cache  # it takes milliseconds, and requests need it several times
+def _walk(cls: type[Any], prefix: str, number: int) -> tuple[tuple[str, Input | _Group], ...]:
     """The name of each field that is declared here, and what it declares."""
+    return tuple(_declared(cls, prefix, number))
+
+
+def _declared(cls: type[Any], prefix: str, number: int) -> Iterator[tuple[str, Input | _Group]]:
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         declared = field.metadata.get(_KEY)
