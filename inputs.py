@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -117,13 +117,8 @@ def check(instance: object, error: type[Exception]) -> None:
     _check(instance, "", error)
 
 
-@functools.cache  # it takes milliseconds, and requests need it several times
-def _walk(cls: type[Any], prefix: str, number: int) -> tuple[tuple[str, Input | _Group], ...]:
-    """The name of each field that is declared here, and what it declares."""
-    return tuple(_declared(cls, prefix, number))
-
-
 def _declared(cls: type[Any], prefix: str, number: int) -> Iterator[tuple[str, Input | _Group]]:
+    """The name of each field that is declared here, and what it declares."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         declared = field.metadata.get(_KEY)
@@ -137,6 +132,12 @@ def _declared(cls: type[Any], prefix: str, number: int) -> Iterator[tuple[str, I
             if issubclass(type_, StrEnum):
                 option = replace(option, choices=tuple(member.value for member in type_))
             yield field.name, Input(name, type_, is_list, is_optional, field.default, option)
+
+
+# Cached: it takes milliseconds, and a request needs it several times.
+_walk: Callable[[Any, str, int], Sequence[tuple[str, Input | _Group]]] = functools.cache(
+    lambda cls, prefix, number: tuple(_declared(cls, prefix, number))
+)
 
 
 def _taken_apart(annotation: Any) -> tuple[type, bool, bool]:  # noqa: ANN401
