@@ -54,9 +54,10 @@ class CogSdxl(Side):
         """Load what the workload needs beside the model."""
         if workload.is_refined and self._refiner is None:
             self.stock.prepare(workload)
-            refiner: Any = self.stock.refiner
             self._refiner = diffusers.StableDiffusionXLImg2ImgPipeline(
-                **refiner.components, add_watermarker=True, requires_aesthetics_score=True
+                **self.stock.refiner.components,
+                add_watermarker=True,
+                requires_aesthetics_score=True,
             )
             self._refiner.set_progress_bar_config(disable=True)
 
@@ -96,7 +97,7 @@ class CogSdxl(Side):
         safe = [image for image, bad in zip(images, unsafe, strict=True) if not bad]
         return save(safe, folder, "cog-sdxl")
 
-    def _generate(self, workload: Workload, seed: int) -> Sequence[Image.Image]:
+    def _generate(self, workload: Workload, seed: int) -> Any:  # noqa: ANN401
         pipeline, size = self._pipeline, self.stock.size
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
         count = workload.num_outputs
@@ -106,15 +107,11 @@ class CogSdxl(Side):
             negative_prompt=[""] * count,
             num_images_per_prompt=1,
         )
-        ensemble: dict[str, object] = {}
-        if workload.is_refined:
-            ensemble = {"output_type": "latent", "denoising_end": HIGH_NOISE_FRAC}
-        images: Any = pipeline(**vars(call), width=size, height=size, **ensemble).images
-        if workload.is_refined:
-            start = HIGH_NOISE_FRAC
-            images = self._refiner(**vars(call), image=images, denoising_start=start).images
-        generated: Sequence[Image.Image] = images
-        return generated
+        if not workload.is_refined:
+            return pipeline(**vars(call), width=size, height=size).images
+        ensemble = {"output_type": "latent", "denoising_end": HIGH_NOISE_FRAC}
+        latents = pipeline(**vars(call), width=size, height=size, **ensemble).images
+        return self._refiner(**vars(call), image=latents, denoising_start=HIGH_NOISE_FRAC).images
 
     def _unsafe(self, images: Sequence[Image.Image]) -> list[bool]:
         stock = self.stock

@@ -53,9 +53,7 @@ class PipelineCall:
         """Return the arguments of a workload."""
         count = workload.num_outputs
         generators = [torch.Generator().manual_seed(seed + k) for k in range(count)]
-        return cls(
-            workload.steps, workload.guidance_scale, generators, num_images_per_prompt=count
-        )
+        return cls(workload.steps, workload.guidance_scale, generators, num_images_per_prompt=count)
 
 
 class Diffusers(Side):
@@ -65,7 +63,8 @@ class Diffusers(Side):
         """`size` is that of its square images, in pixels."""
         super().__init__()
         self.spec, self.size = environment.spec(model), size
-        self.base, self.refiner = _without_progress_bar(pipeline), None
+        self.base = _without_progress_bar(pipeline)
+        self.refiner: Any = None
         self.device, self.dtype = pipeline.device, pipeline.dtype
         name, overrides = SCHEDULERS[model]
         scheduler = getattr(diffusers, name)
@@ -116,7 +115,7 @@ class Diffusers(Side):
         """Make one request, its files in `folder`."""
         return save(self._generate(workload, seed), folder, "diffusers")
 
-    def _generate(self, workload: Workload, seed: int) -> Sequence[Image.Image]:
+    def _generate(self, workload: Workload, seed: int) -> Any:  # noqa: ANN401
         size = {"width": self.size, "height": self.size}
         call = dict(vars(PipelineCall.of(workload, seed)))
         pipeline: Any = self.base
@@ -128,13 +127,10 @@ class Diffusers(Side):
                 "controlnet_conditioning_scale": CONTROL_SCALE,
             }
         if not workload.is_refined:
-            images: Sequence[Image.Image] = pipeline(**call, **size).images
-            return images
+            return pipeline(**call, **size).images
         ensemble = {"denoising_end": HIGH_NOISE_FRAC, "output_type": "latent"}
         latents = pipeline(**call, **size, **ensemble).images
-        refiner: Any = self.refiner
-        images = refiner(**call, image=latents, denoising_start=HIGH_NOISE_FRAC).images
-        return images
+        return self.refiner(**call, image=latents, denoising_start=HIGH_NOISE_FRAC).images
 
     def _edges(self) -> Image.Image:
         """Return the control map, made as the ControlNets' own pages make it."""

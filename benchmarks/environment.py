@@ -21,14 +21,19 @@ _VARIABLES = ("WEIGHTS_EDITION", "DEVICE", "WEIGHTS_CACHE", "MODEL", "PRELOAD", 
 
 
 def add_arguments(parser: argparse.ArgumentParser, runs: int, counted: str) -> None:
-    """Add --cpu, and how many of what is `counted` are measured."""
+    """Add --cpu and --runs, of what is `counted`."""
+    add_cpu(parser)
+    add_runs(parser, runs, counted)
+
+
+def add_cpu(parser: argparse.ArgumentParser) -> None:
+    """Add --cpu."""
     parser.add_argument(
         "--cpu",
         action="store_true",
         help="measure the miniature on the CPU; by default the published architectures are measured"
         " with random weights, on a CUDA GPU",
     )
-    add_runs(parser, runs, counted)
 
 
 def add_runs(parser: argparse.ArgumentParser, runs: int, counted: str) -> None:

@@ -1,14 +1,13 @@
-"""What comes after a picture: our PNG beside Pillow's, our watermark beside the stock encoder's.
+"""Measure what follows generation: our PNG beside Pillow's, our watermark beside imwatermark's.
 
-Both in turns in this process, on one thread, on a noisy picture like a photo. Then enlarging in
-tiles beside enlarging in one piece (bench_upscale).
+Both in turns in this process, on one thread, on a noisy image like a photo. Then upscaling in tiles
+beside upscaling in one piece.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -16,111 +15,111 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from imwatermark.maxDct import EmbedMaxDct
+from PIL import Image
 
-from script.tools.photo import photo
+from benchmarks import environment, upscale
+from benchmarks.photo import photo
+from benchmarks.report import Spread, json_line, markdown_table
+from generation import watermark
+from generation.options import OutputFormat
+from generation.outputs import encode
 
 
 @dataclass(frozen=True)
-class Row:
-    """One piece of work, and whether ours is right."""
+class Work:
+    """One piece of work, done twice, and whether ours is correct."""
 
     name: str
-    theirs: Callable[[], Any]
+    theirs: Callable[[], object]
     ours: Callable[[], Any]
-    right: Callable[[Any], bool]  # of what ours gave
+    is_correct: Callable[[Any], bool]  # of what `ours` returned
 
 
-def rows(side: int) -> list[Row]:
-    """The work, on a picture of `side` x `side` pixels."""
-    import torch
-    from imwatermark.maxDct import EmbedMaxDct
-    from PIL import Image
+@dataclass(frozen=True)
+class WorkFigures:
+    """Medians in milliseconds, and how many times faster ours is."""
 
-    from generation import watermark
-    from generation.encode import encode
-    from generation.options import OutputFormat
+    work: str
+    theirs_ms: float
+    ours_ms: float
+    times_faster: Spread
+    correct: bool
 
-    torch.set_num_threads(1)
-    pixels = photo(side, side)
-    picture = Image.fromarray(pixels)
+
+def works(size: int) -> list[Work]:
+    """Return the work, on an image of `size` x `size` pixels."""
+    pixels = photo(size, size)
+    image = Image.fromarray(pixels)
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
     bgr = np.ascontiguousarray(pixels[..., ::-1])
+    encoder = EmbedMaxDct(list(watermark.BITS), len(watermark.BITS))
 
-    def pillow() -> bytes:
-        output = io.BytesIO()
-        picture.save(output, "PNG")
-        return output.getvalue()
+    def has_same_pixels(png: bytes) -> bool:
+        return np.array_equal(np.asarray(Image.open(io.BytesIO(png))), pixels)
 
-    def same_pixels(ours: bytes) -> bool:
-        return np.array_equal(np.asarray(Image.open(io.BytesIO(ours))), pixels)
-
-    def read(ours: torch.Tensor) -> bool:
-        """The stock decoder finds every bit."""
-        own = np.ascontiguousarray(ours[0].permute(1, 2, 0).numpy()[..., ::-1])
-        found = EmbedMaxDct(wmLen=len(watermark.BITS)).decode(own).astype(int)
+    def is_decoded(marked: torch.Tensor) -> bool:
+        """Whether imwatermark finds every bit."""
+        values = np.ascontiguousarray(marked[0].permute(1, 2, 0).numpy()[..., ::-1])
+        found = EmbedMaxDct(wmLen=len(watermark.BITS)).decode(values).astype(int)
         return list(found) == list(watermark.BITS)
 
-    encoder = EmbedMaxDct(list(watermark.BITS), len(watermark.BITS))
     return [
-        Row(
+        Work(
             "PNG; Pillow's default",
-            pillow,
+            lambda: image.save(io.BytesIO(), "PNG"),
             lambda: encode(pixels, OutputFormat.PNG, 1, None),
-            same_pixels,
+            has_same_pixels,
         ),
-        Row(
+        Work(
             "watermark; imwatermark",
             lambda: encoder.encode(bgr.copy()),
             lambda: watermark.apply(tensor),
-            read,
+            is_decoded,
         ),
     ]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", type=int, default=1024, help="of the square picture, in pixels")
-    parser.add_argument("--runs", type=int, default=7)
+    environment.add_runs(parser, 7, "repetitions")
+    parser.add_argument("--size", type=int, default=1024, help="of the square image, in pixels")
     parser.add_argument(
-        "--upscale-size", type=int, default=512, help="of the square picture that is enlarged"
+        "--upscale-size", type=int, default=512, help="of the square image that is upscaled"
     )
     parser.add_argument(
-        "--published", action="store_true", help="enlarge with models of the published size"
+        "--published", action="store_true", help="upscale with networks of the published size"
     )
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    if arguments.runs < 1 or arguments.size < 256:
-        parser.error("--runs must be 1 at least, and --size 256")
-    if arguments.upscale_size < 128:
-        parser.error("--upscale-size must be 128 at least")
-    lines = []
-    for row in rows(arguments.size):
-        times: list[list[float]] = [[], []]
-        given: Any = None
-        for _ in range(arguments.runs + 1):  # the first warms up
-            for side, work in enumerate((row.theirs, row.ours)):
-                began = time.perf_counter()
-                given = work()
-                times[side].append(1000 * (time.perf_counter() - began))
-        ratios = sorted(a / b for a, b in zip(times[0][1:], times[1][1:], strict=True))
-        figures = {
-            "work": row.name,
-            "theirs_ms": statistics.median(times[0][1:]),
-            "ours_ms": statistics.median(times[1][1:]),
-            "times_faster": statistics.median(ratios),
-            "lowest": ratios[0],
-            "highest": ratios[-1],
-            "right": row.right(given),
-        }
-        print(json.dumps(figures), flush=True)
-        lines.append(
-            f"| {row.name} | {figures['theirs_ms']:.0f} | {figures['ours_ms']:.1f} |"
-            f" {figures['times_faster']:.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f}) |"
-            f" {'yes' if figures['right'] else 'NO'} |"
-        )
-    print("| work; beside | theirs, ms | ours, ms | times faster | right |")
-    print("|---|---|---|---|---|")
-    print("\n".join(lines), flush=True)
-    from script.tools import bench_upscale  # only for this workload: it loads much
+    if arguments.size < 256 or arguments.upscale_size < 128:
+        parser.error("--size must be at least 256, and --upscale-size at least 128")
+    torch.set_num_threads(1)
+    rows = []
+    for work in works(arguments.size):
+        figures = _measure(work, arguments.runs)
+        print(json_line(figures), flush=True)
+        milliseconds = [f"{figures.theirs_ms:.0f}", f"{figures.ours_ms:.1f}"]
+        correct = "yes" if figures.correct else "NO"
+        rows.append([work.name, *milliseconds, figures.times_faster.cell(1), correct])
+    columns = ["work; beside", "theirs, ms", "ours, ms", "times faster", "correct"]
+    print(markdown_table(columns, rows), flush=True)
+    print(f"\n{upscale.table(arguments.upscale_size, arguments.published)}")
 
-    print("\n".join(["", *bench_upscale.table(arguments.upscale_size, arguments.published)]))
+
+def _measure(work: Work, runs: int) -> WorkFigures:
+    times: list[list[float]] = [[], []]
+    for _ in range(runs + 1):  # the first warms up
+        for side, function in zip(times, (work.theirs, work.ours), strict=True):
+            began = time.perf_counter()
+            result = function()
+            side.append(1000 * (time.perf_counter() - began))
+    theirs, ours = (side[1:] for side in times)
+    return WorkFigures(
+        work.name,
+        statistics.median(theirs),
+        statistics.median(ours),
+        Spread.of_ratios(theirs, ours),
+        work.is_correct(result),
+    )

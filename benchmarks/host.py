@@ -35,13 +35,11 @@ IMAGE_SIZE = 256  # pixels: the smallest that is served
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `script/bench host`."""
     environment.add_runs(parser, 40, "requests")
     add_only(parser, NAMES)
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Measure, and print JSON lines and tables."""
     figures = []
     with (
         environment.settings(cpu=True, edition="full"),

@@ -1,7 +1,7 @@
-"""Our whole `predict`, request to encoded file, beside peers that do the same work.
+"""Measure our whole `predict`, request to encoded file, beside baselines that do the same work.
 
-All run in this process with the same weights, after warm-ups, and take turns. What was measured on
-is said first; then a JSON line as each workload ends, the most telling first; then tables.
+All run in this process with the same weights, after warm-ups, in turns. The first JSON line says
+what it ran on; one follows as each workload ends, the most telling first; then tables.
 """
 
 from __future__ import annotations
@@ -11,104 +11,78 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-from script.tools import (
-    bench_machine,
-    bench_models,
-    bench_sides,
-    bench_switch,
-    bench_tables,
-    bench_times,
-)
-from script.tools.bench_workloads import COMPILED, WORKLOADS, Workload
+from benchmarks import environment, machine, measure, report
+from benchmarks.report import WorkloadFigures
+from benchmarks.sides import Sides
+from benchmarks.workloads import COMPILED, WORKLOADS, Workload, add_only
 
-COMPILE_SECONDS = 150.0  # a workload with less than this is measured without the compiled peer
+COMPILE_SECONDS = 150.0  # a workload with less time is measured without the compiled baseline
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    bench_models.add_argument(parser)
-    parser.add_argument("--runs", type=int, default=20, help="requests of each side, a workload")
-    parser.add_argument("--only", action="append", choices=WORKLOADS, help="this request alone")
+    environment.add_arguments(parser, 20, "requests in each workload,")
+    add_only(parser)
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds for all workloads")
     parser.add_argument(
         "--compiled",
         action=argparse.BooleanOptionalAction,
-        help="beside compiled diffusers too, after minutes of compiling; by default on a GPU",
+        help="measure compiled diffusers too, after minutes of compiling; the default on a GPU",
     )
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    if arguments.runs < 1:
-        parser.error(f"--runs is {arguments.runs}; 1 at least")
-    bench_models.check(arguments.cpu, parser)
+    environment.check_device(arguments.cpu, parser)
     if arguments.compiled is None:
         arguments.compiled = not arguments.cpu
 
-    def tell(line: dict[str, Any]) -> None:
-        print(json.dumps(line), flush=True)
+    def write(line: str) -> None:
+        print(line, flush=True)
         if arguments.out:
             with arguments.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(line + "\n")
 
-    with bench_models.settings(arguments.cpu), TemporaryDirectory() as folder:
+    with environment.settings(arguments.cpu), TemporaryDirectory() as folder:
         began = time.monotonic()
-        tell(bench_machine.describe(arguments.cpu))
-        sides = bench_sides.Sides(Path(folder))
+        write(json.dumps(machine.describe(arguments.cpu)))
+        sides = Sides(Path(folder))
         try:
-            rows = _measure_all(arguments, sides, began + arguments.budget, tell)
+            figures = _measure_all(arguments, sides, began + arguments.budget, write)
         finally:
             sides.close()
-    print("\n\n".join(bench_tables.tables(rows)))
+    print("\n\n".join(report.tables(figures)))
 
 
 def _measure_all(
-    arguments: argparse.Namespace,
-    sides: bench_sides.Sides,
-    end: float,
-    tell: Callable[[dict[str, Any]], None],
-) -> list[dict[str, Any]]:
-    """Each workload gets its share of the time that is left."""
-    rows: list[dict[str, Any]] = []
+    arguments: argparse.Namespace, sides: Sides, end: float, write: Callable[[str], None]
+) -> list[WorkloadFigures]:
+    """Measure each workload for its share of the time that is left."""
+    figures: list[WorkloadFigures] = []
     names = arguments.only or list(WORKLOADS)
     for number, name in enumerate(names):
-        workload = WORKLOADS[name]
-        sides.make_room(workload, [WORKLOADS[later] for later in names[number:]])
+        sides.make_room(WORKLOADS[name], [WORKLOADS[later] for later in names[number:]])
         share = (end - time.monotonic()) / (len(names) - number)
-        if rows and share <= 0:
+        if figures and share <= 0:
             print(f"{name}: no time is left for it")
             continue
-        deadline = time.monotonic() + share
-        rows.append(_measure(name, workload, arguments, sides, deadline))
-        tell(rows[-1])
-    return rows
+        figures.append(_measure(name, arguments, sides, time.monotonic() + share))
+        write(report.json_line(figures[-1]))
+    return figures
 
 
-def _measure(
-    name: str,
-    workload: Workload,
-    arguments: argparse.Namespace,
-    sides: bench_sides.Sides,
-    end: float,
-) -> dict[str, Any]:
-    wanted = [side for side in workload.sides if side != COMPILED or arguments.compiled]
-    left_out = []
-    if (
-        COMPILED in wanted
-        and not sides.has(COMPILED, workload)
-        and end - time.monotonic() < COMPILE_SECONDS
-    ):
-        wanted.remove(COMPILED)
-        left_out = [COMPILED]
-    times = bench_times.build(sides, workload, wanted)
-    if workload.switches:
-        return bench_switch.run(name, workload, sides, times, arguments.runs, end)
-    built = {side: sides.get(side, workload) for side in wanted}
-    bench_times.measure(built, times, workload, arguments.runs, end)
-    for side, own in times.items():
-        sides.resident[sides.key(side, workload)] = own.resident_bytes
-    row = bench_times.figures(name, workload, times)
-    return row | ({"left_out": left_out} if left_out else {})
+def _measure(name: str, arguments: argparse.Namespace, sides: Sides, end: float) -> WorkloadFigures:
+    workload: Workload = WORKLOADS[name]
+    names = [side for side in workload.sides if side != COMPILED or arguments.compiled]
+    left_out: tuple[str, ...] = ()
+    has_time = sides.has(COMPILED, workload) or end - time.monotonic() >= COMPILE_SECONDS
+    if COMPILED in names and not has_time:
+        names.remove(COMPILED)
+        left_out = (COMPILED,)
+    built = {side: sides.get(side, workload) for side in names}
+    loras = sides.loras if workload.switches_lora else ()
+    figures = measure.measure(name, workload, built, arguments.runs, end, loras)
+    return replace(figures, left_out=left_out)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 MATRIX_SIZE = 8192  # of the matrices whose product measures the arithmetic ceiling
@@ -48,7 +50,7 @@ def _matmul_tflops() -> float:
 
     size = (MATRIX_SIZE, MATRIX_SIZE)
     a, b = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * MATRIX_SIZE**3 / _seconds(lambda: a @ b) / 1e12
+    return 2 * MATRIX_SIZE**3 / _seconds("a @ b", {"a": a, "b": b}) / 1e12
 
 
 def _copy_tb_per_s() -> float:
@@ -56,22 +58,15 @@ def _copy_tb_per_s() -> float:
     import torch
 
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * COPIED_BYTES / _seconds(lambda: target.copy_(source)) / 1e12
+    arrays = {"source": source, "target": torch.empty_like(source)}
+    return 2 * COPIED_BYTES / _seconds("target.copy_(source)", arrays) / 1e12
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    """Return the time of one call, on a warm GPU."""
-    import torch
+def _seconds(statement: str, arrays: dict[str, Tensor]) -> float:
+    """Return the time of a statement on the GPU, which the timer warms up and waits for."""
+    from torch.utils.benchmark import Timer
 
-    for _ in range(3):
-        work()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(REPEATS):
-        work()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - began) / REPEATS
+    return float(Timer(statement, globals=arrays).timeit(REPEATS).mean)
 
 
 def _processor() -> str:

@@ -1,7 +1,7 @@
-"""How long a new process takes to its first picture, beside bare diffusers.
+"""Measure how long a new process takes to its first image, beside bare diffusers.
 
 Each start is a process of its own, in turns. Bare: import torch and the pipeline's class, load the
-same files, draw one picture. Ours: predict.py's `setup`, then one `predict` of the same picture;
+same files, generate one image. Ours: predict.py's `setup`, then one `predict` of the same image;
 setup loads the safety checker too, which the bare process does without.
 """
 
@@ -18,52 +18,52 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks import environment, machine
+from benchmarks.report import Spread, markdown_table
+from benchmarks.workloads import PROMPT
+
+ROOT = Path(__file__).parents[1]
 BARE, OURS = "bare diffusers", "ours"
-LOADED, DRAWN = "loaded", "drawn"  # what a process says as it gets there
+LOADED, GENERATED = "loaded", "generated"  # what a process prints as it gets there
 STEPS, GUIDANCE = 20, 7.5
+
+Seconds = dict[str, float]  # from a process's start to LOADED and GENERATED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from script.tools import bench_models
-
-    bench_models.add_argument(parser)
-    parser.add_argument("--runs", type=int, default=5, help="starts of each side")
+    environment.add_arguments(parser, 5, "starts")
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    from script.tools import bench_machine, bench_models
-
-    if arguments.runs < 1:
-        parser.error(f"--runs is {arguments.runs}; 1 at least")
-    bench_models.check(arguments.cpu, parser)
-    with bench_models.settings(arguments.cpu), TemporaryDirectory() as folder:
-        print(json.dumps(bench_machine.describe(arguments.cpu)), flush=True)
-        inputs = {BARE: _bare_inputs(), OURS: _own_inputs()}
-        taken: dict[str, list[dict[str, float]]] = {BARE: [], OURS: []}
+    environment.check_device(arguments.cpu, parser)
+    with environment.settings(arguments.cpu), TemporaryDirectory() as folder:
+        print(json.dumps(machine.describe(arguments.cpu)), flush=True)
+        inputs = {BARE: _bare_inputs(), OURS: _our_inputs()}
+        samples: dict[str, list[Seconds]] = {BARE: [], OURS: []}
         # Of several, one more comes first: it reads files that are not in memory yet.
         first = 0 if arguments.runs > 1 else 1
         for run in range(first, 1 + arguments.runs):
-            for side in taken:
+            for side, taken in samples.items():
                 seconds = start(side, inputs[side], Path(folder))
                 if run:
-                    taken[side].append(seconds)
+                    taken.append(seconds)
                     print(json.dumps({"side": side, **seconds}), flush=True)
-    print(table(taken))
+    print(table(samples))
 
 
-def start(side: str, inputs: dict[str, Any], folder: Path) -> dict[str, float]:
-    """One process: seconds since it was begun until it had loaded, and drawn."""
-    command = [sys.executable, "-m", "script.tools.bench_start", side, json.dumps(inputs)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+def start(side: str, inputs: dict[str, Any], folder: Path) -> Seconds:
+    """Run one process and return its times."""
+    command = [sys.executable, "-m", "benchmarks.start", side, json.dumps(inputs)]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     began = time.perf_counter()
     seconds = {}
     with (folder / "errors.txt").open("w+") as errors:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, cwd=folder
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=variables, cwd=folder
         )
         assert process.stdout is not None
         for line in process.stdout:
-            if line.strip() in (LOADED, DRAWN):
+            if line.strip() in (LOADED, GENERATED):
                 seconds[line.strip()] = time.perf_counter() - began
         if process.wait() or len(seconds) < 2:
             errors.seek(0)
@@ -71,53 +71,47 @@ def start(side: str, inputs: dict[str, Any], folder: Path) -> dict[str, float]:
     return seconds
 
 
-def table(taken: dict[str, list[dict[str, float]]]) -> str:
-    """Medians, and ratios of the turns, to the bare process."""
-    lines = [
-        "| a new process | imported and loaded, s | ratio | first picture, s | ratio |",
-        "|---|---|---|---|---|",
-    ]
-    for side, runs in taken.items():
+def table(samples: dict[str, list[Seconds]]) -> str:
+    """Return medians, and ratios of the turns to the bare process."""
+    rows = []
+    for side, runs in samples.items():
         cells = [side]
-        for point in (LOADED, DRAWN):
-            pairs = zip(runs, taken[BARE], strict=True)
-            ratios = sorted(own[point] / bare[point] for own, bare in pairs)
-            middle = statistics.median(ratios)
-            cells.append(f"{statistics.median(own[point] for own in runs):.2f}")
-            cells.append(f"{middle:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        for point in (LOADED, GENERATED):
+            taken = [seconds[point] for seconds in runs]
+            bare = [seconds[point] for seconds in samples[BARE]]
+            cells.append(f"{statistics.median(taken):.2f}")
+            cells.append(Spread.of_ratios(taken, bare).cell())
+        rows.append(cells)
+    columns = ["imported and loaded, s", "ratio", "first image, s", "ratio"]
+    return markdown_table(["a new process", *columns], rows)
 
 
 def _bare_inputs() -> dict[str, Any]:
-    from script.tools import bench_models
-    from script.tools.bench_workloads import PROMPT
-
-    bench_models.provide("sdxl")
-    spec = bench_models.spec("sdxl")
-    vae = bench_models.folder(spec.components_from["vae"]) if spec.components_from else None
+    environment.provide("sdxl")
+    spec = environment.spec("sdxl")
+    vae = environment.folder(spec.components_from["vae"]) if spec.components_from else None
     return {
-        "folder": str(bench_models.folder(spec.weights)),
+        "folder": str(environment.folder(spec.weights)),
         "vae": str(vae) if vae else None,
-        "size": spec.native_size,
         "device": os.environ["DEVICE"],
         "call": {
             "prompt": PROMPT,
             "negative_prompt": "",
             "num_inference_steps": STEPS,
             "guidance_scale": GUIDANCE,
+            "width": spec.native_size,
+            "height": spec.native_size,
         },
     }
 
 
-def _own_inputs() -> dict[str, Any]:
+def _our_inputs() -> dict[str, Any]:
+    from benchmarks.sides import PLAIN
     from script.tools.arguments import parse_inputs
-    from script.tools.bench_sides import PLAIN, ROOT
-    from script.tools.bench_workloads import PROMPT
     from script.tools.schema import document
 
-    asked = {"prompt": PROMPT, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "seed": 0}
-    flags = [f"{name}={value}" for name, value in (asked | PLAIN).items()]
+    call = {"prompt": PROMPT, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "seed": 0}
+    flags = [f"{name}={value}" for name, value in (call | PLAIN).items()]
     return parse_inputs(flags, document(ROOT), "Input", ROOT)
 
 
@@ -126,34 +120,33 @@ def _start_bare(inputs: dict[str, Any]) -> None:
     from diffusers import StableDiffusionXLPipeline
 
     dtype = torch.float32 if inputs["device"] == "cpu" else torch.float16
-    more: dict[str, Any] = {"add_watermarker": False}
+    components: dict[str, Any] = {}
     if inputs["vae"]:
         from diffusers import AutoencoderKL
 
-        more["vae"] = AutoencoderKL.from_pretrained(inputs["vae"], dtype=dtype)
+        components["vae"] = AutoencoderKL.from_pretrained(inputs["vae"], dtype=dtype)
     pipeline = StableDiffusionXLPipeline.from_pretrained(
-        inputs["folder"], variant="fp16", dtype=dtype, **more
+        inputs["folder"], variant="fp16", dtype=dtype, add_watermarker=False, **components
     ).to(inputs["device"])
-    _say(LOADED)
-    size = {"width": inputs["size"], "height": inputs["size"]}
+    _report(LOADED)
     generator = torch.Generator().manual_seed(0)
-    pipeline(**inputs["call"], **size, generator=generator).images[0].save("bare.png")
-    _say(DRAWN)
+    pipeline(**inputs["call"], generator=generator).images[0].save("bare.png")
+    _report(GENERATED)
 
 
 def _start_ours(inputs: dict[str, Any]) -> None:
     from predict import Predictor
 
-    predictor: Any = Predictor()
+    predictor = Predictor()
     predictor.setup()
-    _say(LOADED)
+    _report(LOADED)
     predictor.record_metric = lambda *_: None
     predictor.predict(**inputs)
-    _say(DRAWN)
+    _report(GENERATED)
     predictor.folders.remove()
 
 
-def _say(point: str) -> None:
+def _report(point: str) -> None:
     print(point, flush=True)
 
 

@@ -42,7 +42,9 @@ def stub_components(base_model: BaseModel) -> ModelComponents:
         projects = isinstance(network, CLIPTextModelWithProjection)
         network.forward = functools.partial(_no_text, network.config, projects)
     tokenizers = {encoder: build_tokenizer(TOKENIZERS[encoder]) for encoder in encoders}
-    return ModelComponents(unet, vae, text_encoders, tokenizers, SCHEDULER_CONFIG)
+    return ModelComponents(
+        unet, vae, text_encoders, tokenizers, SCHEDULER_CONFIG, is_sdxl=len(encoders) == 2
+    )
 
 
 def _without_weights(network: str) -> Any:  # noqa: ANN401
@@ -88,8 +90,9 @@ class StubModelCache(ModelCache):
         if weights not in self._loaded:
             specs = BASE_MODELS[Edition.FULL].values()
             base_model = next(spec.base_model for spec in specs if spec.weights == weights)
-            runner = CUDAGraphRunner(self.execution)
-            self._loaded[weights] = LoadedModel(stub_components(base_model), runner)
+            graphs = CUDAGraphRunner(self.execution)
+            components = stub_components(base_model)
+            self._loaded[weights] = LoadedModel(components, graphs, torch.device("cpu"), DTYPE)
         return self._loaded[weights]
 
 

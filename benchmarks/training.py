@@ -1,4 +1,4 @@
-"""A training beside cog-sdxl's loop: steps a second and memory, on the same parts, in turns.
+"""Measure a training beside cog-sdxl's loop: steps per second and memory, on the same networks.
 
 Each side is a process of its own, and they take turns step by step, so that a machine whose speed
 drifts treats both alike. JSON lines as rounds end, then a table.
@@ -8,24 +8,34 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, TYPE_CHECKING
+from typing import Any
 
-from script.tools import bench_machine, bench_models
+import numpy as np
+import torch
+from PIL import Image
 
-if TYPE_CHECKING:
-    from training.dataset import Example
-    from training.model import TrainableModel
+from benchmarks import environment, machine
+from benchmarks.baseline_training import CogSdxlTraining
+from benchmarks.report import Spread, markdown_table
+from training import loop
+from training.base_models import TRAINABLE_MODELS, Method
+from training.config import TrainConfig
+from training.dataset import Example, encode
+from training.model import TrainableModel, load
+from training.progress import Event, StepDone
+from weights.miniature import world
 
+PROCESSES = multiprocessing.get_context("spawn")  # each imports for itself
 WARM_UP = 4  # steps that are not counted, of each half: some compile
 MIN_STEPS = 4 * WARM_UP
 PHOTOS = 8
@@ -37,58 +47,46 @@ class Sample:
     """One process's figures."""
 
     side: str
-    before: float  # seconds of the median step before the pivot
-    after: float  # and after it
-    peak_bytes: int  # on a GPU what tensors took, elsewhere the process with all that it imports
+    before: float  # seconds of the median step while the embeddings are trained
+    after: float  # and once they are frozen
+    peak_bytes: int  # on a GPU of tensors, elsewhere of the process with all that it imports
     first_loss: float
     last_loss: float
 
     @property
     def steps_per_second(self) -> float:
-        """Of a training that has as many steps before the pivot as after it."""
+        """Of a training that freezes the embeddings at half of its steps."""
         return 2 / (self.before + self.after)
 
 
 @dataclass
 class Turns:
-    """The child's end: tells of each step, then waits until it is its turn again."""
+    """The child's end: reports each step, then waits until it is its turn again."""
 
-    output: IO[str]
-    turns: IO[str]
-    began: float
+    parent: Connection
+    began: float = field(default_factory=time.perf_counter)
 
-    def tell(self, loss: float) -> None:
-        """One step has been made; what a GPU still works on counts."""
-        import torch
-
+    def step(self, loss: float) -> None:
+        """Report a step; what a GPU still works on counts."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._say({"seconds": time.perf_counter() - self.began, "loss": loss})
-        self.turns.readline()
+        self.parent.send((time.perf_counter() - self.began, loss))
+        self.parent.recv()
         self.began = time.perf_counter()
 
     def end(self) -> None:
-        import torch
-
+        """Report the peak memory."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated()
-        self._say({"peak_bytes": peak})
-
-    def _say(self, content: dict[str, float]) -> None:
-        print(json.dumps(content), file=self.output, flush=True)
+        self.parent.send(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak)
 
 
-def train_ours(turns: Turns, cpu: bool, size: int, steps: int, compiled: bool = False) -> None:
-    from training import loop
-    from training.config import TrainConfig
-    from training.progress import Event, StepDone
+def train_ours(turns: Turns, size: int, steps: int, compiled: bool = False) -> None:
+    """Train by our loop."""
+    model, examples = load_subject(size)
 
-    trainable, examples = subject(cpu, size)
-
-    def listen(event: Event) -> None:
+    def on_event(event: Event) -> None:
         if isinstance(event, StepDone):
-            turns.tell(event.loss)
+            turns.step(event.loss)
 
     config = TrainConfig(
         seed=0,
@@ -102,34 +100,20 @@ def train_ours(turns: Turns, cpu: bool, size: int, steps: int, compiled: bool = 
         verbose=False,
     )
     with TemporaryDirectory() as folder:
-        loop.fit(examples, (), config, trainable, Path(folder), listen, None)
+        loop.fit(examples, (), config, model, Path(folder), on_event, None)
 
 
-def train_peer(turns: Turns, cpu: bool, size: int, steps: int) -> None:
-    import torch
-
-    from script.tools.peer_training import PeerTraining
-    from training.dataset import encode
-
+def train_cog_sdxl(turns: Turns, size: int, steps: int) -> None:
+    """Train by cog-sdxl's loop."""
     torch.manual_seed(0)
-    trainable, examples = subject(cpu, size)
-    latents = encode(trainable.vae, examples, False)
-    peer = PeerTraining(trainable, latents, BATCH, RANK, steps)
-    peer.run(lambda step, loss: turns.tell(loss))
+    model, examples = load_subject(size)
+    latents = encode(model.vae, examples, False)
+    training = CogSdxlTraining(model, latents, BATCH, RANK, steps)
+    training.run(lambda step, loss: turns.step(loss))
 
 
-def subject(cpu: bool, size: int) -> tuple[TrainableModel, list[Example]]:
-    """The model, and eight square pictures with captions."""
-    import numpy as np
-    import torch
-    from PIL import Image
-
-    from training import base_models
-    from training.dataset import Example
-    from training.model import load
-    from weights.catalog import Edition
-    from weights.miniature import world
-
+def load_subject(size: int) -> tuple[TrainableModel, list[Example]]:
+    """Load the model, and draw eight square images with captions."""
     rng = np.random.default_rng(0)
     examples = []
     for number in range(PHOTOS):
@@ -138,149 +122,104 @@ def subject(cpu: bool, size: int) -> tuple[TrainableModel, list[Example]]:
         caption = f"a {scene.size} {scene.colour} TOK on a {scene.background} background"
         mask = Image.new("L", image.size, 255)
         examples.append(Example(str(number), image, mask, caption, (size, size), (0, 0)))
-    if not cpu:
-        return _random_sdxl(), examples
-    device = torch.device("cpu")
-    spec = base_models.MINIATURE_SDXL
-    return load(spec, Edition.MINIATURE, device, base_models.Method.LORA), examples
+    edition = environment.edition()
+    return load(
+        TRAINABLE_MODELS[edition]["sdxl"], edition, environment.device(), Method.LORA
+    ), examples
 
 
-def _random_sdxl() -> TrainableModel:
-    """As `training.model.load` makes it of SDXL's files."""
-    import torch
-    from diffusers import DDPMScheduler
-
-    from script.tools import random_sdxl
-    from training import base_models
-    from training.model import TrainableModel
-    from weights.trained_types import TEXT_ENCODERS
-
-    device, dtype = torch.device("cuda"), torch.bfloat16
-    parts = random_sdxl.build_parts(device, dtype)
-    return TrainableModel(
-        spec=base_models.SDXL,
-        unet=parts["unet"],
-        vae=parts["vae"].float(),
-        text_encoders={part: parts[part] for part in TEXT_ENCODERS},
-        tokenizers={
-            "text_encoder": parts["tokenizer"],
-            "text_encoder_2": parts["tokenizer_2"],
-        },
-        noising=DDPMScheduler.from_config(random_sdxl.SCHEDULER_CONFIG),
-        scheduler_config=random_sdxl.SCHEDULER_CONFIG,
-        device=device,
-        unet_dtype=dtype,
-    )
-
-
-SIDES: dict[str, Callable[[Turns, bool, int, int], None]] = {
-    "peer": train_peer,
+SIDES: dict[str, Callable[[Turns, int, int], None]] = {
+    "cog-sdxl": train_cog_sdxl,
     "ours": train_ours,
     "compiled": partial(train_ours, compiled=True),
 }
-NAMES = {"peer": "cog-sdxl's loop", "ours": "ours", "compiled": "ours, compile_unet"}
+NAMES = {"cog-sdxl": "cog-sdxl's loop", "ours": "ours", "compiled": "ours, compile_unet"}
 
 
-class _Side:
-    """The parent's end of one side."""
+def train(side: str, parent: Connection, size: int, steps: int) -> None:
+    """Be the process of one side."""
+    turns = Turns(parent)
+    SIDES[side](turns, size, steps)
+    turns.end()
 
-    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
-        command = [sys.executable, "-m", "script.tools.bench", "training", "--side", name]
-        command += ["--steps", str(arguments.steps), "--size", str(arguments.size)]
-        command += ["--cpu"] if arguments.cpu else []
-        self.name = name
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+
+def measure(names: Sequence[str], size: int, steps: int) -> dict[str, Sample]:
+    """Run one round."""
+    children = {name: _start(name, size, steps) for name in names}
+    taken = {name: [_receive(name, child)] for name, child in children.items()}  # all have loaded
+    for _ in range(steps - 1):
+        for name, child in children.items():
+            child.send(None)
+            taken[name].append(_receive(name, child))
+    samples = {}
+    for name, child in children.items():
+        child.send(None)
+        seconds, losses = zip(*taken[name], strict=True)
+        samples[name] = Sample(
+            name,
+            statistics.median(seconds[WARM_UP : steps // 2]),
+            statistics.median(seconds[steps // 2 + WARM_UP :]),
+            _receive(name, child),
+            losses[0],
+            losses[-1],
         )
-        self.steps: list[dict[str, float]] = []
-
-    def load(self) -> None:
-        """Wait until it has made its first step, for which it loads everything."""
-        self.steps.append(self._hear())
-
-    def turn(self) -> dict[str, float]:
-        """Let it make its next step; of the last turn, let it end."""
-        assert self._process.stdin is not None
-        print(file=self._process.stdin, flush=True)
-        return self._hear()
-
-    def _hear(self) -> dict[str, float]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith('{"'):
-                content: dict[str, float] = json.loads(line)
-                return content
-        raise SystemExit(f"{self.name} ended with exit status {self._process.wait()}")
-
-    def sample(self, peak_bytes: int) -> Sample:
-        seconds = [step["seconds"] for step in self.steps]
-        middle = len(seconds) // 2
-        return Sample(
-            self.name,
-            statistics.median(seconds[WARM_UP:middle]),
-            statistics.median(seconds[middle + WARM_UP :]),
-            peak_bytes,
-            self.steps[0]["loss"],
-            self.steps[-1]["loss"],
-        )
-
-
-def measure(names: Sequence[str], arguments: argparse.Namespace) -> dict[str, Sample]:
-    """One round."""
-    sides = [_Side(name, arguments) for name in names]
-    for side in sides:
-        side.load()
-    for _ in range(arguments.steps - 1):
-        for side in sides:
-            side.steps.append(side.turn())
-    samples = {side.name: side.sample(int(side.turn()["peak_bytes"])) for side in sides}
-    for sample in samples.values():
-        print(json.dumps(vars(sample)), flush=True)
+        print(json.dumps(asdict(samples[name])), flush=True)
     return samples
 
 
+def _start(name: str, size: int, steps: int) -> Connection:
+    """Start the process of one side, and return the connection to it."""
+    ours, its = PROCESSES.Pipe()
+    PROCESSES.Process(target=train, args=(name, its, size, steps), daemon=True).start()
+    its.close()  # so that ours ends with the process
+    return ours
+
+
+def _receive(name: str, child: Connection) -> Any:  # noqa: ANN401  what Turns sends
+    try:
+        return child.recv()
+    except EOFError:
+        raise SystemExit(f"{name} ended before its training did") from None
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    bench_models.add_argument(parser)
-    parser.add_argument("--size", type=int, help="of the square pictures, in pixels")
-    parser.add_argument("--steps", type=int, default=40, help="half before the pivot, half after")
+    environment.add_cpu(parser)
+    parser.add_argument("--size", type=int, help="of the square images, in pixels")
+    parser.add_argument("--steps", type=int, default=40, help="half of them train the embeddings")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compiled", action="store_true", help="ours with compile_unet too")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if arguments.steps < MIN_STEPS:
         parser.error(f"--steps {arguments.steps} is too few; {MIN_STEPS} at least")
-    bench_models.check(arguments.cpu, parser)
-    if arguments.size is None:
-        arguments.size = 128 if arguments.cpu else 768
-    if arguments.side:
-        turns = Turns(sys.stdout, sys.stdin, time.perf_counter())
-        SIDES[arguments.side](turns, arguments.cpu, arguments.size, arguments.steps)
-        turns.end()
-        return
-    print(json.dumps(bench_machine.describe(arguments.cpu)), flush=True)
-    names = [side for side in SIDES if side != "compiled" or arguments.compiled]
-    print(table([measure(names, arguments) for _ in range(arguments.rounds)]))
+    environment.check_device(arguments.cpu, parser)
+    size = arguments.size or (128 if arguments.cpu else 768)
+    with environment.settings(arguments.cpu):
+        print(json.dumps(machine.describe(arguments.cpu)), flush=True)
+        environment.provide("sdxl")
+        names = [side for side in SIDES if side != "compiled" or arguments.compiled]
+        rounds = [measure(names, size, arguments.steps) for _ in range(arguments.rounds)]
+    print(table(rounds))
 
 
 def table(rounds: list[dict[str, Sample]]) -> str:
-    """Medians of each side, and of its ratios to the peer round by round."""
-    rows = [
-        "| training | ms a step, before the pivot | after it | steps a second | ratio"
-        " | peak memory, MB | ratio |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """Return each side's medians, and those of its ratios to cog-sdxl round by round."""
+    rows = []
     for side in rounds[0]:
-        cells = [NAMES[side]]
-        for figure in ("before", "after"):
-            middle = statistics.median(getattr(samples[side], figure) for samples in rounds)
-            cells.append(f"{1000 * middle:.0f}")
-        for figure, unit, digits in (("steps_per_second", 1.0, 2), ("peak_bytes", 1e6, 0)):
-            values = [getattr(samples[side], figure) / unit for samples in rounds]
-            peers = [getattr(samples["peer"], figure) / unit for samples in rounds]
-            ratios = sorted(value / peer for value, peer in zip(values, peers, strict=True))
-            cells.append(f"{statistics.median(values):.{digits}f}")
-            cells.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        ours, cog = ([samples[name] for samples in rounds] for name in (side, "cog-sdxl"))
+        speeds = [sample.steps_per_second for sample in ours]
+        peaks = [sample.peak_bytes for sample in ours]
+        rows.append(
+            [
+                NAMES[side],
+                f"{1000 * statistics.median(sample.before for sample in ours):.0f}",
+                f"{1000 * statistics.median(sample.after for sample in ours):.0f}",
+                f"{statistics.median(speeds):.2f}",
+                Spread.of_ratios(speeds, [sample.steps_per_second for sample in cog]).cell(),
+                f"{statistics.median(peaks) / 1e6:.0f}",
+                Spread.of_ratios(peaks, [sample.peak_bytes for sample in cog]).cell(),
+            ]
+        )
+    columns = ["ms a step, embeddings trained", "frozen", "steps a second", "ratio"]
+    return markdown_table(["training", *columns, "peak memory, MB", "ratio"], rows)
