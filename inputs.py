@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 REQUIRED: Final = dataclasses.MISSING  # as `default`: there is none
 _KEY = "input"  # in the metadata of a dataclass field
+_Dataclass = Any  # a class or an instance: mypy takes neither for hashable
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Input:
 class _Group:
     """The inputs of a nested dataclass, once for each prefix."""
 
-    cls: type[Any]
+    cls: _Dataclass
     prefixes: tuple[str, ...]
     order: tuple[str, ...]
     is_repeated: bool
@@ -109,7 +110,8 @@ def from_inputs(cls: type[T], values: Mapping[str, object], error: type[Exceptio
     unknown = values.keys() - {entry.name for entry in flatten(cls)}
     if unknown:
         raise TypeError(f"{cls.__name__} has no input named {', '.join(sorted(unknown))}")
-    return _build(cls, "", values, error)
+    built: T = _build(cls, "", values, error)
+    return built
 
 
 def check(instance: object, error: type[Exception]) -> None:
@@ -117,13 +119,15 @@ def check(instance: object, error: type[Exception]) -> None:
     _check(instance, "", error)
 
 
-def _declared(cls: type[Any], prefix: str, number: int) -> Iterator[tuple[str, Input | _Group]]:
-    """The name of each field that is declared here, and what it declares."""
+@functools.cache  # type hints take milliseconds
+def _walk(cls: _Dataclass, prefix: str, number: int) -> list[tuple[str, Input | _Group]]:
+    """Return the name of each field that is declared here, and what it declares."""
+    found: list[tuple[str, Input | _Group]] = []
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         declared = field.metadata.get(_KEY)
         if isinstance(declared, _Group):
-            yield field.name, declared
+            found.append((field.name, declared))
         elif isinstance(declared, Option):
             name = field.name if declared.name is None else declared.name
             name = "_".join(part for part in (prefix, name) if part)
@@ -131,17 +135,13 @@ def _declared(cls: type[Any], prefix: str, number: int) -> Iterator[tuple[str, I
             option = replace(declared, description=declared.description.replace("{n}", str(number)))
             if issubclass(type_, StrEnum):
                 option = replace(option, choices=tuple(member.value for member in type_))
-            yield field.name, Input(name, type_, is_list, is_optional, field.default, option)
-
-
-# Cached: it takes milliseconds, and a request needs it several times.
-_walk: Callable[[Any, str, int], Sequence[tuple[str, Input | _Group]]] = functools.cache(
-    lambda cls, prefix, number: tuple(_declared(cls, prefix, number))
-)
+            entry = Input(name, type_, is_list, is_optional, field.default, option)
+            found.append((field.name, entry))
+    return found
 
 
 def _taken_apart(annotation: Any) -> tuple[type, bool, bool]:  # noqa: ANN401
-    """(type, whether it is a list, whether it may be None)."""
+    """Return (type, whether it is a list, whether it may be None)."""
     arguments = [a for a in typing.get_args(annotation) if a is not type(None)]
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         type_, is_list, _ = _taken_apart(arguments[0])
@@ -151,7 +151,7 @@ def _taken_apart(annotation: Any) -> tuple[type, bool, bool]:  # noqa: ANN401
     return annotation, False, False
 
 
-def _flatten(cls: type[Any], prefix: str, number: int) -> Iterator[Input]:
+def _flatten(cls: _Dataclass, prefix: str, number: int) -> Iterator[Input]:
     for _, declared in _walk(cls, prefix, number):
         if isinstance(declared, Input):
             yield declared
@@ -162,7 +162,9 @@ def _flatten(cls: type[Any], prefix: str, number: int) -> Iterator[Input]:
             yield from sorted(entries, key=lambda e: names.index(e.name)) if names else entries
 
 
-def _build(cls: type[T], prefix: str, values: Mapping[str, object], error: type[Exception]) -> T:
+def _build(
+    cls: _Dataclass, prefix: str, values: Mapping[str, object], error: type[Exception]
+) -> _Dataclass:
     arguments: dict[str, object] = {}
     for field, declared in _walk(cls, prefix, 1):
         if isinstance(declared, _Group):
@@ -197,8 +199,9 @@ def _converted(entry: Input, value: Any, error: type[Exception]) -> object:  # n
     return value
 
 
-def _check(instance: Any, prefix: str, error: type[Exception]) -> None:  # noqa: ANN401
-    for field, declared in _walk(type(instance), prefix, 1):
+def _check(instance: _Dataclass, prefix: str, error: type[Exception]) -> None:
+    cls: _Dataclass = type(instance)
+    for field, declared in _walk(cls, prefix, 1):
         value = getattr(instance, field)
         if isinstance(declared, _Group):
             groups = value if declared.is_repeated else (value,)

@@ -1,426 +1,314 @@
-"""The boundary to Cog's trainings: the signature becomes settings, the result becomes an archive.
+"""The boundary to Cog's trainings: inputs become a TrainConfig, files a TrainingOutput.
 
 Cog reads this file without running it, and silently drops what it cannot read: literals only, one
-plain string per description (`script/schema --check` holds this).
+plain string per description (`script/sync` writes and checks this).
 """
 
 import os
 import shutil
 import tempfile
 from pathlib import Path as LocalPath
-from typing import TYPE_CHECKING, List, Optional  # noqa: UP035  the spelling that every version of Cog's parser reads
+from typing import List, Optional  # noqa: UP035  the spelling that every version of Cog's parser reads
 
 from cog import BaseModel, Input, Path
 
-from preprocess.crop import BucketRules, make_buckets, square_bucket
-from preprocess.errors import BadArchive
-from training.base_models import (
-    DEFAULT_BASE_MODEL,
-    TRAINABLE_MODELS,
-    Method,
-    Schedule,
-    TrainableSpec,
-)
-from training.config import (
-    LoraFormat,
-    Optimizer,
-    Prior,
-    TrainConfig,
-    check_class_images,
-    resolve,
-)
-from training.errors import InvalidTraining
-from weights.catalog import Edition
-from weights.edition import Device, resolve_device, resolve_edition
-
-if TYPE_CHECKING:
-    from preprocess.prepare import PreparedPhoto, PrepareSettings
-
-BUCKET_STEPS = 16  # sides are multiples of this part of the native one: 64 pixels of SDXL's 1024
-
-# script/sync: preprocess.archive.Filetype
-FILETYPE_CHOICES = ["infer", "zip", "tar"]
-# script/sync: training.base_models.Method
-METHOD_CHOICES = ["lora", "full", "textual_inversion"]
-# script/sync: training.base_models.Schedule
-LR_SCHEDULER_CHOICES = ["constant", "linear", "cosine"]
-# script/sync: training.config.Optimizer
-OPTIMIZER_CHOICES = ["adamw", "adamw_8bit", "prodigy", "adafactor"]
-# script/sync: training.config.Prior
-PRIOR_CHOICES = ["off", "teacher", "class_images"]
-# script/sync: training.config.LoraFormat
-LORA_FORMAT_CHOICES = ["cog_sdxl", "kohya"]
+from training.config import TRAINABLE_MODELS, TrainConfig
+from training.plan import check_class_images, resolve
+from weights.edition import resolve_device, resolve_edition
 
 
 class TrainingOutput(BaseModel):  # type: ignore[misc]  # cog has no types for it
-    """`weights` is what predictions take as replicate_weights or COG_WEIGHTS."""
+    """`weights` is for predictions: replicate_weights or COG_WEIGHTS."""
 
     weights: Path
     exchange: Optional[Path] = None  # a zip of files for other programs
 
 
 def train(
+    # script/sync: begin
     input_images: Path = Input(
-        description="zip, tar or tar.gz of 2 to 2000 photos; with captions.csv, .txt files, or none"
+        description="zip, tar or tar.gz of 2 to 2000 images, with captions.csv, .txt files or neither",
     ),
     seed: Optional[int] = Input(
         default=None,
-        description="Same seed, same weights; empty for a random one, which the log names",
+        description="Random seed; the same seed gives the same weights. Empty: random, shown in the log",
         ge=0,
         le=4294967295,
     ),
     resolution: Optional[int] = Input(
         default=None,
-        description="Side in pixels of the square whose area photos are trained at; empty: native",
+        description="Train at about resolution x resolution pixels. Empty: the model's native size",
         ge=64,
         le=2048,
     ),
     train_batch_size: Optional[int] = Input(
-        default=None, description="Photos in a batch; empty for the model's own", ge=1, le=64
+        default=None,
+        description="Images per batch, on all GPUs together. Empty: the model's default",
+        ge=1,
+        le=64,
     ),
     num_train_epochs: Optional[int] = Input(
         default=None,
-        description="Times that every photo is seen; not used where max_train_steps is given",
+        description="Passes over all images. Ignored if max_train_steps is set",
         ge=1,
         le=100000,
     ),
     max_train_steps: Optional[int] = Input(
-        default=None, description="Steps, exactly; empty for the model's own", ge=1, le=100000
+        default=None,
+        description="Number of optimizer steps. Empty: the model's default",
+        ge=1,
+        le=100000,
     ),
     is_lora: bool = Input(
-        default=True, description="Train a LoRA; without it the whole UNet, which takes more memory"
+        default=True,
+        description="Train a LoRA. If false, train the whole UNet: more memory",
     ),
     unet_learning_rate: Optional[float] = Input(
         default=None,
-        description="Learning rate of the UNet if all of it is trained",
+        description="Learning rate of the UNet (method full). Empty: the model's default",
         ge=0,
         le=10,
     ),
     ti_lr: Optional[float] = Input(
-        default=None, description="Learning rate of the new word's vectors", ge=0, le=10
+        default=None,
+        description="Learning rate of the token embeddings. Empty: the model's default",
+        ge=0,
+        le=10,
     ),
     lora_lr: Optional[float] = Input(
-        default=None, description="Learning rate of the LoRA", ge=0, le=10
+        default=None,
+        description="Learning rate of the UNet's LoRA. Empty: the model's default",
+        ge=0,
+        le=10,
     ),
     lora_rank: Optional[int] = Input(
-        default=None, description="Rank of the LoRA; empty for the model's own", ge=1, le=256
+        default=None,
+        description="Rank of the LoRA. Empty: the model's default",
+        ge=1,
+        le=256,
     ),
     lr_scheduler: Optional[str] = Input(
         default=None,
-        description="How the learning rates go on after the warm-up; empty: the model's own",
-        choices=LR_SCHEDULER_CHOICES,
+        description="Learning-rate schedule after the warm-up. Empty: the model's default",
+        choices=["constant", "linear", "cosine"],
     ),
     lr_warmup_steps: Optional[int] = Input(
         default=None,
-        description="Steps over which the learning rates rise from 0; empty for the model's own",
+        description="Steps over which the learning rates rise from 0. Empty: the model's default",
         ge=0,
         le=100000,
     ),
     token_string: str = Input(
-        default="TOK", description="The new word, as captions and prompts spell it"
+        default="TOK",
+        description="Trigger word of the new concept in captions and prompts",
     ),
     caption_prefix: str = Input(
         default="a photo of TOK, ",
-        description="Beginning of captions that are made automatically; has to hold the new word",
+        description="Beginning of automatic captions. Must contain token_string",
     ),
     mask_target_prompts: Optional[str] = Input(
         default=None,
-        description="What photos are to be learnt for, such as a face; all else counts little",
+        description="Subjects to focus on, such as 'a face'. Other pixels get a low loss weight",
     ),
     crop_based_on_salience: bool = Input(
-        default=True, description="Cut photos around what the masks show rather than the centre"
+        default=True,
+        description="Crop around what the masks show. If false, crop around the center",
     ),
     use_face_detection_instead: bool = Input(
-        default=False, description="Mask by the faces in the photos, not by mask_target_prompts"
+        default=False,
+        description="Mask by detected faces instead of mask_target_prompts",
     ),
     clipseg_temperature: float = Input(
         default=1.0,
-        description="How soft the masks of mask_target_prompts are: above 1 softer, below harder",
+        description="Softness of mask_target_prompts' masks: above 1 softer, below 1 harder",
         ge=0.01,
         le=1000,
     ),
-    verbose: bool = Input(default=True, description="Show a progress bar in the log"),
+    verbose: bool = Input(
+        default=True,
+        description="Show a progress bar in the log",
+    ),
     checkpointing_steps: Optional[int] = Input(
         default=None,
-        description="Save the state so often, to go on after a stop; see TRAINING_CHECKPOINTS",
+        description="Save a checkpoint every N steps to resume from (see TRAINING_CHECKPOINTS)",
         ge=1,
         le=1000000,
     ),
     input_images_filetype: str = Input(
         default="infer",
-        description="Refuse an archive of another type; infer takes all three",
-        choices=FILETYPE_CHOICES,
+        description="Expected archive type; others are rejected. infer accepts each",
+        choices=["infer", "zip", "tar"],
     ),
     method: Optional[str] = Input(
         default=None,
-        description="What learns beside the new word; empty: as is_lora says",
-        choices=METHOD_CHOICES,
+        description="What to train besides the token embeddings. Empty: follow is_lora",
+        choices=["lora", "full", "textual_inversion"],
     ),
     aspect_ratio_buckets: bool = Input(
-        default=True, description="Train at sizes near the photos' shapes; without it, on squares"
+        default=True,
+        description="Train at sizes near each image's aspect ratio. If false, on squares",
     ),
     lora_alpha: Optional[float] = Input(
-        default=None, description="The LoRA's alpha; empty: its rank", ge=0.001, le=2560
+        default=None,
+        description="LoRA alpha: updates are scaled by alpha / rank. Empty: the rank",
+        ge=0.001,
+        le=2560,
     ),
-    use_rslora: bool = Input(default=False, description="Divide alpha by the root of the rank"),
+    use_rslora: bool = Input(
+        default=False,
+        description="Rank-stabilized LoRA: scale updates by alpha / sqrt(rank)",
+    ),
     use_dora: bool = Input(
-        default=False, description="Learn magnitudes too (DoRA); needs lora_format kohya"
+        default=False,
+        description="Weight-decomposed LoRA: train magnitudes too. Requires lora_format kohya",
     ),
     train_text_encoder: bool = Input(
-        default=False, description="A LoRA on the text encoders too; needs lora_format kohya"
+        default=False,
+        description="Train a LoRA on the text encoders too. Requires lora_format kohya",
     ),
     lora_format: str = Input(
         default="cog_sdxl",
-        description="Whose names the LoRA in the archive has",
-        choices=LORA_FORMAT_CHOICES,
+        description="Key names of the archive's LoRA",
+        choices=["cog_sdxl", "kohya"],
     ),
     exchange_files: bool = Input(
         default=False,
-        description="Add a LoRA and an embedding that ComfyUI, A1111 and diffusers read",
+        description="Also return a LoRA and an embedding for ComfyUI, A1111 and diffusers",
     ),
     optimizer: str = Input(
         default="adamw",
-        description="How parameters are moved; prodigy finds learning rates itself",
-        choices=OPTIMIZER_CHOICES,
+        description="Optimizer. prodigy finds its learning rates by itself",
+        choices=["adamw", "adamw_8bit", "prodigy", "adafactor"],
     ),
     gradient_accumulation_steps: int = Input(
-        default=1, description="Batches that make one step", ge=1, le=64
+        default=1,
+        description="Batches per optimizer step",
+        ge=1,
+        le=64,
     ),
     num_new_tokens: Optional[int] = Input(
         default=None,
-        description="Vectors of the new word; empty: the model's own",
+        description="Number of token embeddings of token_string. Empty: the model's default",
         ge=1,
         le=8,
     ),
     token_initializer: Optional[str] = Input(
-        default=None, description="A word whose meaning the new one starts from"
+        default=None,
+        description="Word whose embedding the new ones start from. Empty: random ones",
     ),
     pivot_fraction: float = Input(
         default=0.5,
-        description="Share of the steps in which the new word learns; then it stays",
+        description="Fraction of the steps that train the token embeddings, from the first on",
         ge=0,
         le=1,
     ),
     snr_gamma: Optional[float] = Input(
         default=None,
-        description="Weight noise levels by min-SNR; 0: all the same; empty: the model's own",
+        description="Min-SNR gamma of the loss; 0: equal weights. Empty: the model's default",
         ge=0,
         le=1000,
     ),
     noise_offset: float = Input(
-        default=0.0, description="Noise of a picture as a whole, for darks and lights", ge=0, le=1
+        default=0.0,
+        description="Strength of offset noise, for darker and brighter images",
+        ge=0,
+        le=1,
     ),
     caption_dropout: Optional[float] = Input(
         default=None,
-        description="Share of captions that are left out; empty: the model's own",
+        description="Fraction of captions to drop. Empty: the model's default",
         ge=0,
         le=0.99,
     ),
     mask_floor: float = Input(
-        default=0.1, description="What pixels outside of a mask count", ge=0, le=1
+        default=0.1,
+        description="Lowest loss weight of a masked pixel",
+        ge=0,
+        le=1,
     ),
     random_flip: bool = Input(
-        default=False, description="Show photos mirrored half of the time; not for faces or text"
+        default=False,
+        description="Mirror images half of the time. Not for faces, text or asymmetric things",
     ),
     prior_preservation: str = Input(
         default="off",
-        description="Keep what the model knows of class_prompt, by itself or by class_images",
-        choices=PRIOR_CHOICES,
+        description="Preserve class_prompt as the base model or class_images show it",
+        choices=["off", "teacher", "class_images"],
     ),
     class_prompt: str = Input(
-        default="", description="What the new word is one of, such as: a photo of a dog"
+        default="",
+        description="Class of the new concept for prior_preservation, such as 'a photo of a dog'",
     ),
     class_images: Optional[Path] = Input(
-        default=None, description="Archive of photos of the class, for prior_preservation"
+        default=None,
+        description="Archive of images of the class, for prior_preservation class_images",
     ),
     prior_loss_weight: float = Input(
-        default=1.0, description="What prior preservation counts beside the photos", ge=0, le=100
+        default=1.0,
+        description="Weight of the prior-preservation loss",
+        ge=0,
+        le=100,
     ),
     compile_unet: bool = Input(
         default=False,
-        description="Compile the UNet first: minutes at the start, then faster steps",
+        description="Compile the UNet first, which takes minutes; steps are then faster",
     ),
     validation: bool = Input(
-        default=True, description="With 8 photos or more, hold one in 8 out and measure on it"
+        default=True,
+        description="With 8 images or more, hold out one in 8 and report the loss on them",
     ),
     preview_prompts: List[str] = Input(
-        default=[], description="Prompts to draw while training, for the report"
+        default=[],
+        description="Prompts of the report's preview images, generated during training",
     ),
     preview_steps: Optional[int] = Input(
         default=None,
-        description="Draw them so often; empty: at the end only",
+        description="Generate previews every N steps. Empty: at the end only",
         ge=1,
         le=1000000,
     ),
+    text_encoder_lr: Optional[float] = Input(
+        default=None,
+        description="Learning rate of the text encoders' LoRA. Empty: the model's default",
+        ge=0,
+        le=10,
+    ),
+    max_grad_norm: float = Input(
+        default=1.0,
+        description="Norm to clip gradients to",
+        ge=1e-06,
+        le=1000000.0,
+    ),
+    gradient_checkpointing: Optional[bool] = Input(
+        default=None,
+        description="Recompute activations to save memory. Empty: only if the GPU needs it",
+    ),
+    # script/sync: end
 ) -> TrainingOutput:
-    """Learn a new word, and how to draw it, from photos."""
-    from preprocess.prepare import PrepareSettings
-
+    """Train a model on images of a new concept, which token_string stands for in prompts."""
+    config = TrainConfig.from_inputs(**locals())
     device = resolve_device()
     edition = resolve_edition(cuda_available=device == "cuda")
-    spec = TRAINABLE_MODELS[edition][DEFAULT_BASE_MODEL]
-    config = TrainConfig(
-        seed=_whole(seed),
-        method=_method(method, is_lora),
-        resolution=_whole(resolution),
-        train_batch_size=_whole(train_batch_size),
-        gradient_accumulation_steps=int(gradient_accumulation_steps),
-        num_train_epochs=None if max_train_steps else _whole(num_train_epochs),
-        max_train_steps=_whole(max_train_steps),
-        unet_learning_rate=unet_learning_rate,
-        ti_lr=ti_lr,
-        lora_lr=lora_lr,
-        lora_rank=_whole(lora_rank),
-        lora_alpha=lora_alpha,
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-        train_text_encoder=train_text_encoder,
-        optimizer=Optimizer(optimizer),
-        lr_scheduler=Schedule(lr_scheduler) if lr_scheduler else None,
-        lr_warmup_steps=_whole(lr_warmup_steps),
-        token_string=token_string,
-        n_tokens=_whole(num_new_tokens),
-        token_initializer=token_initializer or None,
-        pivot_fraction=pivot_fraction,
-        snr_gamma=snr_gamma,
-        noise_offset=noise_offset,
-        caption_dropout=caption_dropout,
-        mask_floor=mask_floor,
-        random_flip=random_flip,
-        prior_preservation=Prior(prior_preservation),
-        prior_loss_weight=prior_loss_weight,
-        class_prompt=class_prompt,
-        compile_unet=compile_unet,
-        checkpointing_steps=_whole(checkpointing_steps),
-        validation=validation,
-        preview_prompts=tuple(preview_prompts),
-        preview_steps=_whole(preview_steps),
-        lora_format=LoraFormat(lora_format),
-        exchange_files=exchange_files,
-        verbose=verbose,
-    )
-    plan = resolve(config, spec, n_examples=2)  # its rules, before anything is read
-    check_class_images(class_images is not None, plan.prior)
-    settings = PrepareSettings(
-        token_string=token_string,
-        caption_prefix=caption_prefix,
-        mask_target_prompts=mask_target_prompts or "",
-        clipseg_temperature=clipseg_temperature,
-        use_face_detection_instead=use_face_detection_instead,
-        crop_based_on_salience=crop_based_on_salience,
-        filetype=input_images_filetype,
-        buckets=_buckets(plan.resolution, spec, aspect_ratio_buckets),
-    )
-    output = _empty_folder()
+    resolve(config, TRAINABLE_MODELS[edition], n_examples=2)  # every rule, before anything is read
+    check_class_images(config.class_images is not None, config.prior_preservation)
+
+    from training.run import run  # imports torch
+
+    folder = _empty_folder()
     try:
-        return _train(input_images, class_images, config, settings, edition, device, output)
-    except BaseException:  # cancelled ones too
-        shutil.rmtree(output, ignore_errors=True)
+        archive, exchange = run(config, edition, device, folder)
+    except BaseException:  # a cancellation too
+        shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _train(
-    input_images: Path,
-    class_images: Optional[Path],
-    config: TrainConfig,
-    settings: "PrepareSettings",
-    edition: Edition,
-    device: Device,
-    output: LocalPath,
-) -> TrainingOutput:
-    """Photos → examples → a trained model → files in `output`."""
-    from torch import device as torch_device
-
-    from preprocess.prepare import prepare, prepare_class_images
-    from training import export, loop, model, optimizers
-    from training.dataset import Example
-    from training.previews import paint
-    from training.progress import Event, Previews, Started
-    from training.report import render_report
-
-    def example(photo: "PreparedPhoto") -> Example:
-        crop = photo.crop
-        return Example(
-            photo.name,
-            crop.image,
-            crop.mask,
-            photo.caption,
-            (crop.original_size[1], crop.original_size[0]),
-            crop.crop_top_left,
-        )
-
-    optimizers.check(config.optimizer, device)
-    if config.compile_unet:
-        model.check_compiler(device)
-    others = []
-    if class_images is not None:  # first, as it takes no model: what is wrong shows at once
-        others = prepare_class_images(_file("class_images", class_images), settings, output)
-    photos = prepare(_file("input_images", input_images), settings, edition, device, output)
-    base = model.load(
-        TRAINABLE_MODELS[edition][DEFAULT_BASE_MODEL], edition, torch_device(device), config.method
-    )
-    examples = [example(photo) for photo in photos]
-    previews: List[Previews] = []
-
-    def listen(event: Event) -> None:
-        if isinstance(event, Started):
-            print(f"Using seed: {event.plan.seed}", flush=True)
-        elif isinstance(event, Previews):
-            previews.append(event)
-
-    checkpoints = LocalPath(os.environ.get("TRAINING_CHECKPOINTS") or output)
-    trained = loop.fit(
-        examples,
-        [example(photo) for photo in others],
-        config,
-        base,
-        checkpoints,
-        listen,
-        paint if config.preview_prompts else None,
-    )
-    report = render_report(trained.plan, examples, trained.history, previews)
-    files = export.write(trained, base, len(examples), output, report)
-    exchange = export.bundle(files, output)
-    return TrainingOutput(weights=Path(files.archive), exchange=exchange and Path(exchange))
-
-
-def _method(method: Optional[str], is_lora: bool) -> Method:
-    if method is None:
-        return Method.LORA if is_lora else Method.FULL
-    if not is_lora and method == Method.LORA:
-        raise InvalidTraining("method is lora and is_lora false: leave one of them out")
-    return Method(method)
-
-
-def _buckets(
-    resolution: int, spec: TrainableSpec, aspect_ratio: bool
-) -> "tuple[tuple[int, int], ...]":
-    """The sizes to train at."""
-    if not aspect_ratio:
-        return square_bucket(resolution)
-    step = spec.native_size // BUCKET_STEPS
-    rules = BucketRules(resolution, step, min_side=resolution // 2, max_side=resolution * 2)
-    return make_buckets(rules)
+    return TrainingOutput(weights=Path(archive), exchange=exchange and Path(exchange))
 
 
 def _empty_folder() -> LocalPath:
-    """This process's own; what an earlier training left in it is gone."""
+    """Make this process's folder, without what an earlier training left in it."""
     folder = LocalPath(tempfile.gettempdir(), f"cog-stable-diffusion-training-{os.getpid()}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     return folder
-
-
-def _whole(value: Optional[float]) -> Optional[int]:
-    """JSON has one number type: 2.0 passes the schema's "integer" and arrives as a float."""
-    return None if value is None else int(value)
-
-
-def _file(name: str, value: Path) -> LocalPath:
-    """The server hands over a downloaded file; anything else would name one of its own files."""
-    if not isinstance(value, Path):
-        raise BadArchive(f"{name} is {str(value)[:80]!r}; it must be a URL or a data URI")
-    return LocalPath(value)
 
 
 if __name__ == "__main__":  # `accelerate launch train.py -i input_images=@photos.zip`

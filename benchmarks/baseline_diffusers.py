@@ -184,7 +184,8 @@ def _merge_lora(unet: Any, file: Path) -> None:  # noqa: ANN401
 
     diffusers' own loader ignores the alphas of modules named as in the miniature's files.
     """
-    from weights.trained import ModelShapes, read_trained
+    from weights.formats.read import read_trained
+    from weights.formats.types import ModelShapes
 
     lora = read_trained(file, file.name, ModelShapes.of({"unet": unet})).lora
     for path, delta in lora.items():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.baseline_lora import LoraProcessor
-from training.dataset import Latents
+from training.dataset import CachedExample
 from training.model import TrainableModel
 
 TOKENS = ["<s0>", "<s1>"]
@@ -32,7 +32,7 @@ Batch = tuple[tuple[Tensor, Tensor], Tensor, Tensor]
 class _Pairs(Dataset[Batch]):
     """Tokens, one frozen latent sample, and its mask in four channels."""
 
-    def __init__(self, items: Sequence[Latents], scaling: float, tokens: list[Any]) -> None:
+    def __init__(self, items: Sequence[CachedExample], scaling: float, tokens: list[Any]) -> None:
         self._rows: list[Batch] = []
         for item, ids in zip(items, zip(*tokens, strict=True), strict=True):
             view = item.views[0]
@@ -51,7 +51,7 @@ class CogSdxlTraining:
     """One training."""
 
     model: TrainableModel
-    items: Sequence[Latents]
+    items: Sequence[CachedExample]
     batch_size: int
     rank: int
     steps: int
@@ -61,8 +61,8 @@ class CogSdxlTraining:
         loader = self._loader()
         layers = self._attach()
         tables = [
-            encoder.get_input_embeddings().weight.requires_grad_(True)  # type: ignore[operator]
-            for encoder in self.model.text_encoders.values()
+            encoder.get_input_embeddings().weight.requires_grad_(True)
+            for encoder in self.model.components.text_encoders.values()
         ]
         originals = [table.detach().clone() for table in tables]
         deviations = [table[: -len(TOKENS)].std() for table in originals]
@@ -89,9 +89,9 @@ class CogSdxlTraining:
     def _loader(self) -> DataLoader[Batch]:
         device = self.model.device
         tokens = []
-        for part, tokenizer in self.model.tokenizers.items():
+        for part, tokenizer in self.model.components.tokenizers.items():
             tokenizer.add_special_tokens({"additional_special_tokens": TOKENS})
-            encoder: Any = self.model.text_encoders[part]
+            encoder: Any = self.model.components.text_encoders[part]
             encoder.resize_token_embeddings(len(tokenizer))
             captions = [item.caption.replace("TOK", "".join(TOKENS)) for item in self.items]
             tokens.append(
@@ -103,11 +103,11 @@ class CogSdxlTraining:
                     return_tensors="pt",
                 ).input_ids.to(device)
             )
-        pairs = _Pairs(self.items, self.model.noise.scaling_factor, tokens)
+        pairs = _Pairs(self.items, self.model.latent_scale, tokens)
         return DataLoader(pairs, batch_size=self.batch_size, shuffle=True)
 
     def _attach(self) -> list[nn.Parameter]:
-        unet = self.model.unet
+        unet = self.model.components.unet
         processors = {}
         for name in unet.attn_processors:
             attention = unet.get_submodule(name.removesuffix(".processor"))
@@ -119,7 +119,7 @@ class CogSdxlTraining:
     def _loss(self, tokens: tuple[Tensor, Tensor], latents: Tensor, mask: Tensor) -> Tensor:
         model, device = self.model, self.model.device
         states, pooled = [], None
-        for ids, encoder in zip(tokens, model.text_encoders.values(), strict=True):
+        for ids, encoder in zip(tokens, model.components.text_encoders.values(), strict=True):
             output = encoder(ids, output_hidden_states=True)
             states.append(output.hidden_states[-2])
             pooled = output[0]
@@ -127,9 +127,9 @@ class CogSdxlTraining:
         time_ids = torch.tensor([[height, width, 0, 0, height, width]] * len(latents))
         latents, mask = latents.to(device, model.unet_dtype), mask.to(device)
         noise = torch.randn_like(latents)
-        timesteps = torch.randint(0, model.noise.n_timesteps, (len(latents),), device=device)
-        predicted = model.unet(
-            model.noising.add_noise(latents, noise, timesteps),
+        timesteps = torch.randint(0, model.n_timesteps, (len(latents),), device=device)
+        predicted = model.components.unet(
+            model.noise_scheduler.add_noise(latents, noise, timesteps),
             timesteps,
             torch.cat(states, dim=-1),
             added_cond_kwargs={
@@ -137,7 +137,7 @@ class CogSdxlTraining:
                 "time_ids": time_ids.to(device, model.unet_dtype),
             },
         ).sample
-        target = model.wanted(latents, noise, timesteps)
+        target = model.target(latents, noise, timesteps)
         loss: Tensor = ((predicted - target).square() * mask).mean()
         return loss
 

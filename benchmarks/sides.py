@@ -24,7 +24,7 @@ from benchmarks.workloads import (
     Workload,
 )
 from script.tools.arguments import as_cog_gives_them, parse_inputs
-from script.tools.schema import document
+from script.tools.openapi import document
 
 if TYPE_CHECKING:
     from predict import Predictor

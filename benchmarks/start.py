@@ -108,7 +108,7 @@ def _bare_inputs() -> dict[str, Any]:
 def _our_inputs() -> dict[str, Any]:
     from benchmarks.sides import PLAIN
     from script.tools.arguments import parse_inputs
-    from script.tools.schema import document
+    from script.tools.openapi import document
 
     call = {"prompt": PROMPT, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "seed": 0}
     flags = [f"{name}={value}" for name, value in (call | PLAIN).items()]

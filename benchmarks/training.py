@@ -28,8 +28,7 @@ from benchmarks import environment, machine
 from benchmarks.baseline_training import CogSdxlTraining
 from benchmarks.report import Spread, markdown_table
 from training import loop
-from training.base_models import TRAINABLE_MODELS, Method
-from training.config import TrainConfig
+from training.config import TRAINABLE_MODELS, Method, TrainConfig
 from training.dataset import Example, encode
 from training.model import TrainableModel, load
 from training.progress import Event, StepDone
@@ -89,6 +88,7 @@ def train_ours(turns: Turns, size: int, steps: int, compiled: bool = False) -> N
             turns.step(event.loss)
 
     config = TrainConfig(
+        input_images=Path(),
         seed=0,
         resolution=size,
         max_train_steps=steps,
@@ -100,14 +100,14 @@ def train_ours(turns: Turns, size: int, steps: int, compiled: bool = False) -> N
         verbose=False,
     )
     with TemporaryDirectory() as folder:
-        loop.fit(examples, (), config, model, Path(folder), on_event, None)
+        loop.fit(examples, (), config, model, Path(folder), on_event)
 
 
 def train_cog_sdxl(turns: Turns, size: int, steps: int) -> None:
     """Train by cog-sdxl's loop."""
     torch.manual_seed(0)
     model, examples = load_subject(size)
-    latents = encode(model.vae, examples, False)
+    latents = encode(model.components.vae, examples, False)
     training = CogSdxlTraining(model, latents, BATCH, RANK, steps)
     training.run(lambda step, loss: turns.step(loss))
 
@@ -123,9 +123,7 @@ def load_subject(size: int) -> tuple[TrainableModel, list[Example]]:
         mask = Image.new("L", image.size, 255)
         examples.append(Example(str(number), image, mask, caption, (size, size), (0, 0)))
     edition = environment.edition()
-    return load(
-        TRAINABLE_MODELS[edition]["sdxl"], edition, environment.device(), Method.LORA
-    ), examples
+    return load(TRAINABLE_MODELS[edition], edition, environment.device(), Method.LORA), examples
 
 
 SIDES: dict[str, Callable[[Turns, int, int], None]] = {

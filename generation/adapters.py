@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from weights.trained import TrainedWeights
+from weights.formats.types import TrainedWeights
 from weights.trigger_words import replace_trigger_words
 
 

@@ -4,14 +4,12 @@ A ControlNet (arXiv:2302.05543) makes images follow a map of edges, depths, pose
 annotator takes the map from an image, or the map itself is sent.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from generation.base_models import BaseModel, BaseModelSpec
-from generation.errors import InvalidRequest
 from inputs import option
-from preprocess.annotators import ANNOTATORS, AnnotatorSettings
 from weights.catalog import CATALOG
 
 NO_CONTROL = "none"  # fofr/cog-sdxl-multi-controlnet-lora's name for none
@@ -116,91 +114,6 @@ class ControlNetPlan:
     def has_effect(self) -> bool:
         """Whether it changes images; otherwise only its map is returned."""
         return self.conditioning_scale > 0
-
-
-@dataclass(frozen=True)
-class ControlMapsPlan:
-    """How control maps are made, and whether they are returned."""
-
-    annotators: AnnotatorSettings
-    returned: bool  # before the images
-    only: bool  # no images are generated
-
-
-def resolve_controlnets(
-    requests: Sequence[ControlRequest], maps: ControlMapsPlan, spec: BaseModelSpec
-) -> tuple[ControlNetPlan, ...]:
-    """Check every rule about ControlNets but single ranges; return those whose maps are needed.
-
-    Raises:
-        InvalidRequest: naming the value, the rule and the remedy.
-    """
-    plans = []
-    for k, request in enumerate(requests, 1):
-        name = f"controlnet_{k}"
-        _check(name, request)
-        if request.control_type != NO_CONTROL:
-            plans.append(_resolve(name, request, spec))
-    low, high = maps.annotators.canny_low_threshold, maps.annotators.canny_high_threshold
-    if low >= high:
-        raise InvalidRequest(
-            f"canny_low_threshold is {low} and canny_high_threshold {high}; the first must be below"
-            " the second"
-        )
-    if maps.returned and not plans:
-        raise InvalidRequest(
-            f"{'control_maps_only' if maps.only else 'return_control_maps'} is on, but there is no"
-            " ControlNet whose map could be returned; choose controlnet_1 and send"
-            " controlnet_1_image"
-        )
-    return tuple(plan for plan in plans if maps.returned or plan.conditioning_scale > 0)
-
-
-def _check(name: str, request: ControlRequest) -> None:
-    if request.start >= request.end:
-        raise InvalidRequest(
-            f"{name}_start is {request.start:g} and {name}_end {request.end:g}; a control ends"
-            " after it starts: use a start below the end, such as 0 and 1 for all steps"
-        )
-    if request.control_type == NO_CONTROL and request.image is not None:
-        raise InvalidRequest(
-            f"{name}_image is given, but {name} is {NO_CONTROL!r}; choose its control type:"
-            f" one of {', '.join(CONTROLNETS)}"
-        )
-    if request.control_type != NO_CONTROL and request.image is None:
-        raise InvalidRequest(
-            f"{name} is {request.control_type}, but {name}_image is missing; send the image that"
-            f" it is taken from, or a ready-made map and {name}_is_map=true"
-        )
-
-
-def _resolve(name: str, request: ControlRequest, model: BaseModelSpec) -> ControlNetPlan:
-    spec, entries = CONTROLNETS[request.control_type], CATALOG[model.edition]
-    weights = spec.weights.get(model.base_model)
-    if weights is None or weights not in entries:
-        possible = ", ".join(control_types_of(model))
-        why = "exists" if weights is None else f"is among the {model.edition} weights"
-        raise InvalidRequest(
-            f"{name} is {spec.name}, and no ControlNet of that type {why} for {model.name}"
-            f" ({model.base_model}); use one of {possible}, or another model"
-        )
-    annotator = None if request.is_map else spec.annotator
-    detector = ANNOTATORS[annotator].weights if annotator is not None else None
-    if detector is not None and detector not in entries:
-        raise InvalidRequest(
-            f"{name} is {spec.name}, and the {model.edition} weights have no annotator that makes"
-            f" such a map; send a ready-made map and {name}_is_map=true, or set"
-            " WEIGHTS_EDITION=full"
-        )
-    return ControlNetPlan(
-        name,
-        spec,
-        weights,
-        request.conditioning_scale,
-        request.start,
-        request.end,
-        annotator,
-    )
 
 
 def control_types_of(model: BaseModelSpec) -> list[str]:

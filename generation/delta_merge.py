@@ -14,7 +14,7 @@ import torch
 from cachetools import LRUCache
 from torch import Tensor
 
-from weights.trained import LoraDelta, TrainedWeights
+from weights.formats.types import LoraDelta, TrainedWeights
 
 MAX_TRANSIENT_BYTES = 500_000_000  # in fp32, of the modules that are merged at once
 CACHED_BYTES = 512_000_000  # of stacked deltas on a GPU: five LoRAs of rank 32 of SDXL's attention

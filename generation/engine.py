@@ -23,18 +23,18 @@ from generation.errors import InvalidRequest, OutOfDeviceMemory
 from generation.input_images import read_inputs
 from generation.latents import decode_latents
 from generation.lora import AdapterManager, Tokenizers, text_encoder_cache_key
-from generation.options import GenerationRequest
+from generation.options import GenerationRequest, Refine
 from generation.plan import GenerationPlan
 from generation.postprocess import PostProcessor
 from generation.resolve import resolve
 from generation.stages import StageSampler, prepare_stage
 from generation.timings import Timings
 from models.cache import LoadedControlNet, LoadedModel, ModelCache
-from preprocess.annotators import Detectors
+from preprocess.annotators import AnnotatorSettings, Detectors
 from weights import cache
 from weights.catalog import Edition
 from weights.edition import Device
-from weights.references import Source, Tokens, parse_operator_source
+from weights.user.parse import Source, Tokens, parse_operator_source
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Engine:
         images, mask = inputs.fit(plan) if inputs.image else ([], None)
         controls = inputs.fit_controls(plan) if inputs.controls else {}
         timings = Timings(self.device)
-        if plan.control_maps.only:
+        if request.control_maps_only:
             return self._generate_control_maps(plan, controls, folder, timings)
         _log_request(plan)
         with timings.measure("load"):
@@ -132,9 +132,9 @@ class Engine:
         with self._explain_out_of_memory(plan), timings.wrap("weights", merged) as tokenizers:
             sampler = self._stage_sampler(spec, plan, models, adapters, tokenizers, timings)
             for number, stage in enumerate(plan.stages):
-                if number > 0 and stage.width > images[0].width and not stage.margins:
+                if number > 0 and not stage.margins and stage.size != images[0].size:
                     factor = max(stage.width / images[0].width, stage.height / images[0].height)
-                    images = self._postprocessor.upscale(images, factor, plan.upscaler, timings)
+                    images = self._postprocessor.upscale(images, factor, request.upscaler, timings)
                 start = prepare_stage(stage, plan, spec, images, mask)
                 if plan.controlnets:
                     maps = self._control_maps(plan, controls, start.region, timings)
@@ -142,15 +142,14 @@ class Engine:
                 with timings.measure("decode"):
                     images = start.merge(decode_latents(models.base, latents))
         with self._explain_out_of_memory(plan):
-            processed = self._postprocessor.process(images, plan, timings)
+            processed = self._postprocessor.process(images, request, timings)
         with timings.measure("save"):
-            texts = {}
-            if plan.output.parameters is not None:
-                texts = {
-                    k: metadata.describe(plan, spec, adapters, plan.seeds[k]) for k in processed
-                }
-            files = outputs.save(processed, folder, plan.output, texts)
-            if plan.control_maps.returned:
+            texts: dict[int, str] = {}
+            if request.embed_parameters:
+                texts = {k: metadata.describe(plan, spec, adapters, k) for k in processed}
+            file_format, quality = request.output_format, request.output_quality
+            files = outputs.save(processed, folder, file_format, quality, texts)
+            if request.returns_control_maps:
                 files = (*outputs.save_maps(maps, folder), *files)
         return GenerationResult(files, plan, timings.seconds, timings.peak_memory())
 
@@ -166,13 +165,13 @@ class Engine:
     def _load(self, spec: BaseModelSpec, plan: GenerationPlan) -> RequestModels:
         """Load what a plan needs. Raises a WeightsError."""
         base, adapters, model_adapters = self._load_base(spec)
-        if plan.check_safety:
+        if not plan.request.disable_safety_checker:
             self._postprocessor.load_safety_checker()
         needed = sorted({c.weights for c in plan.controlnets if c.has_effect})
         keep = {spec.weights, *needed}
         controlnets = {weights: self._models.controlnet(weights, keep) for weights in needed}
         refiner = None
-        if plan.refine is not None and spec.refiner is not None:
+        if plan.request.refine != Refine.NO_REFINER and spec.refiner is not None:
             refiner = self._models.refiner(spec.refiner.weights, spec.weights, base)
         return RequestModels(base, refiner, controlnets, adapters, model_adapters)
 
@@ -209,7 +208,7 @@ class Engine:
         timings: Timings,
     ) -> StageSampler:
         """Encode the prompts, and return what the stages share."""
-        prompts = [plan.prompt, plan.negative_prompt]
+        prompts = [plan.request.prompt, plan.request.negative_prompt]
         if adapters:
             prompts = [replace_all_trigger_words(text, adapters) for text in prompts]
         encode = functools.partial(
@@ -217,7 +216,7 @@ class Engine:
             tokenizers=tokenizers,
             prompt=prompts[0],
             negative_prompt=prompts[1] if plan.do_classifier_free_guidance else None,
-            clip_skip=plan.clip_skip,
+            clip_skip=plan.request.clip_skip,
             state=(spec.weights, text_encoder_cache_key(adapters)),
         )
         with timings.measure("text"):
@@ -242,7 +241,8 @@ class Engine:
     ) -> dict[str, Image.Image]:
         """Return the control maps of a region, by input."""
         with timings.measure("control_maps"):
-            settings = plan.control_maps.annotators
+            request = plan.request
+            settings = AnnotatorSettings(request.canny_low_threshold, request.canny_high_threshold)
             return render_control_maps(
                 plan.controlnets, settings, controls, region, self._detectors
             )
@@ -280,9 +280,9 @@ def _log_request(plan: GenerationPlan) -> None:
     print(f"Using seed: {plan.seeds[0]}", flush=True)
     if plan.do_classifier_free_guidance:
         return
-    if plan.negative_prompt:
+    if plan.request.negative_prompt:
         print(
             "negative_prompt has no effect: guidance_scale is at most 1, which turns guidance off"
         )
-    if (plan.guidance_start, plan.guidance_end) != (0, 1):
+    if (plan.request.guidance_start, plan.request.guidance_end) != (0, 1):
         print("guidance_start and guidance_end have no effect: guidance is off")

@@ -17,8 +17,7 @@ from generation.base_models import BaseModelSpec
 from generation.blending import Mask, feather, fill, tone_offset, used_box
 from generation.crop import Box, CropRegion, Size, cover_crop, crop_region_for
 from generation.errors import InvalidRequest
-from generation.options import InpaintArea, MaskedContent
-from generation.plan import RepaintPlan
+from generation.options import GenerationRequest, InpaintArea, MaskedContent
 from preprocess.images import SourceImage
 
 # A mask saved as JPEG is not quite black and white: 5 % either way counts as noise.
@@ -74,20 +73,20 @@ class InpaintRegion:
 
 
 def inpaint_region(
-    mask: Mask, settings: RepaintPlan, strength: float, spec: BaseModelSpec
+    mask: Mask, request: GenerationRequest, strength: float, spec: BaseModelSpec
 ) -> InpaintRegion:
     """Plan the inpainting of `mask` (H, W), which is not all black."""
-    blend = feather(np.where(mask > 0, np.uint8(255), np.uint8(0)), settings.mask_blur)
+    blend = feather(np.where(mask > 0, np.uint8(255), np.uint8(0)), request.mask_blur)
     box: Box = (0, 0, mask.shape[1], mask.shape[0])
-    if settings.area is InpaintArea.MASKED_REGION:
-        box = _masked_box(blend, settings.padding)
+    if request.inpaint_area == InpaintArea.MASKED_REGION:
+        box = _masked_box(blend, request.inpaint_padding)
     left, top, right, bottom = box
     inside = np.s_[top:bottom, left:right]
     crop = crop_region_for(box, spec)
     # At full strength the model starts from noise and must not see what it replaces: the VAE
     # mixes neighbouring pixels.
-    hides = settings.masked_content is MaskedContent.FILL or strength == 1.0
-    change = feather(mask, settings.mask_blur)[inside]
+    hides = request.masked_content == MaskedContent.FILL or strength == 1.0
+    change = feather(mask, request.mask_blur)[inside]
     # A reduced mask keeps the maximum, not the average: thin white lines are still repainted.
     reduction = math.ceil((right - left) / crop.scaled[0])
     if reduction > 1:

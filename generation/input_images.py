@@ -11,7 +11,8 @@ from generation.blending import Mask
 from generation.crop import CoverFit, Size, cover_crop
 from generation.inpaint import fit_mask
 from generation.options import GenerationRequest
-from generation.plan import GenerationPlan, Mode, resolve_mode
+from generation.plan import GenerationPlan, Mode
+from generation.resolve import resolve_mode
 from preprocess.images import SourceImage, read_image, read_mask
 
 
@@ -36,8 +37,7 @@ class InputImages:
         size = self.image.rgb.size if plan.mode is Mode.OUTPAINT else (plan.width, plan.height)
         mask = None
         if plan.mode is Mode.INPAINT:
-            assert plan.repaint is not None
-            mask = fit_mask(self.image, self.mask, size, plan.repaint.mask_invert)
+            mask = fit_mask(self.image, self.mask, size, plan.request.mask_invert)
         return [cover_crop(self.image.rgb, size)], mask
 
     def fit_controls(self, plan: GenerationPlan) -> dict[str, CoverFit]:

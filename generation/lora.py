@@ -22,10 +22,16 @@ from generation.errors import InvalidRequest
 from generation.plan import WeightsUse
 from models.components import UNET, ModelComponents
 from models.tokens import add_placeholder_tokens, text_transformer
-from weights import sources
-from weights.references import OPERATOR, Source, Tokens
-from weights.trained import ModelShapes, Pooling, TokenVectors, TrainedWeights, read_trained
-from weights.trained_types import TEXT_ENCODERS
+from weights.formats.read import read_trained
+from weights.formats.types import (
+    TEXT_ENCODERS,
+    ModelShapes,
+    Pooling,
+    TokenVectors,
+    TrainedWeights,
+)
+from weights.user.fetch import fetch
+from weights.user.parse import OPERATOR, Source, Tokens
 
 Tokenizers = Mapping[str, Any]  # text encoder → tokenizer
 
@@ -107,7 +113,7 @@ class AdapterManager:
         self._merger.recover()
 
     def _read(self, name: str, source: Source, tokens: Tokens) -> TrainedWeights:
-        with sources.fetch(source, tokens) as file:
+        with fetch(source, tokens) as file:
             key = (file.digest, file.file_name)
             weights = self._cache.get(key)
             if weights is None:

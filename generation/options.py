@@ -6,9 +6,10 @@ from pathlib import Path
 
 from generation.base_models import BASE_MODEL_NAMES, MAX_OUTPUTS_DISTILLED
 from generation.controlnets import ControlRequest
+from generation.errors import InvalidRequest
 from generation.schedulers import SCHEDULERS, ScheduleType
 from generation.sizes import AspectRatio, Margins
-from inputs import grouped, option, repeated
+from inputs import from_inputs, grouped, option, repeated
 
 MAX_NUM_INFERENCE_STEPS = 500
 MAX_CONTROLNETS = 3
@@ -266,3 +267,13 @@ class GenerationRequest:
     )
     return_control_maps: bool = option(False, "Also return the control maps, before the images.")
     control_maps_only: bool = option(False, "Return only the control maps and generate no images.")
+
+    @property
+    def returns_control_maps(self) -> bool:
+        """Whether control maps are returned, with or without images."""
+        return self.return_control_maps or self.control_maps_only
+
+    @classmethod
+    def from_inputs(cls, **values: object) -> "GenerationRequest":
+        """Build the request from the arguments that Cog passes. Raises InvalidRequest."""
+        return from_inputs(cls, values, InvalidRequest)

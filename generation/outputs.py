@@ -20,7 +20,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from generation.options import OutputFormat
-from generation.plan import OutputPlan
 
 Pixels = NDArray[np.uint8]  # (H, W, 3), sRGB
 
@@ -125,7 +124,8 @@ def save_maps(maps: Mapping[str, Image.Image], folder: Path) -> tuple[Path, ...]
 def save(
     images: Mapping[int, Image.Image],
     folder: Path,
-    plan: OutputPlan,
+    file_format: str,
+    quality: int,
     metadata: Mapping[int, str],
 ) -> tuple[Path, ...]:
     """Write each image as `out-<its number>.<format>`; return the paths in order.
@@ -134,9 +134,9 @@ def save(
     """
 
     def write(number: int) -> Path:
-        path = folder / f"out-{number}.{plan.format}"
+        path = folder / f"out-{number}.{file_format}"
         pixels = np.asarray(images[number])
-        path.write_bytes(encode(pixels, plan.format, plan.quality, metadata.get(number)))
+        path.write_bytes(encode(pixels, file_format, quality, metadata.get(number)))
         return path
 
     if len(images) == 1:
@@ -145,14 +145,14 @@ def save(
         return tuple(threads.map(write, images))
 
 
-def encode(pixels: Pixels, kind: OutputFormat, quality: int, metadata: str | None) -> bytes:
+def encode(pixels: Pixels, file_format: str, quality: int, metadata: str | None) -> bytes:
     """Return a file's bytes; `quality`, from 1 to 100, applies to webp and jpg."""
-    if kind is OutputFormat.PNG:
+    if file_format == OutputFormat.PNG:
         return _png(pixels, metadata)
     output = io.BytesIO()
     image = Image.fromarray(pixels)
     exif = _exif(metadata)
-    if kind is OutputFormat.JPG:
+    if file_format == OutputFormat.JPG:
         subsampling = 0 if quality >= 90 else 2  # colours at full size
         image.save(output, "JPEG", quality=quality, subsampling=subsampling, exif=exif)
     else:

@@ -11,8 +11,7 @@ import torch
 from generation import watermark
 from generation.errors import UnsafeImages
 from generation.latents import to_images
-from generation.options import Upscaler
-from generation.plan import GenerationPlan
+from generation.options import GenerationRequest, Upscale, Upscaler
 from generation.safety import SafetyChecker
 from generation.timings import Timings
 from preprocess import upscale
@@ -22,7 +21,10 @@ from weights.edition import Device
 if TYPE_CHECKING:
     from PIL import Image
 
-_UPSCALERS = {Upscaler.SWINIR: upscale.SWINIR, Upscaler.REAL_ESRGAN: upscale.REAL_ESRGAN}
+_UPSCALERS: dict[str, str] = {
+    Upscaler.SWINIR: upscale.SWINIR,
+    Upscaler.REAL_ESRGAN: upscale.REAL_ESRGAN,
+}
 
 
 class PostProcessor:
@@ -30,7 +32,7 @@ class PostProcessor:
 
     def __init__(self, edition: Edition, device: Device, dtype: torch.dtype) -> None:
         self._edition, self._device, self._dtype = edition, device, dtype
-        self._upscalers: dict[Upscaler, upscale.Upscaler] = {}
+        self._upscalers: dict[str, upscale.Upscaler] = {}
         self._safety: SafetyChecker | None = None
 
     def load_safety_checker(self) -> SafetyChecker:
@@ -40,7 +42,7 @@ class PostProcessor:
         return self._safety
 
     def process(
-        self, images: Sequence[Image.Image], plan: GenerationPlan, timings: Timings
+        self, images: Sequence[Image.Image], request: GenerationRequest, timings: Timings
     ) -> dict[int, Image.Image]:
         """Return the images that are safe, by their place in the request; all of one size.
 
@@ -48,19 +50,20 @@ class PostProcessor:
             UnsafeImages: none is.
         """
         kept = dict(enumerate(images))
-        if plan.check_safety:
+        if not request.disable_safety_checker:
             with timings.measure("safety"):
                 kept = _safe_images(kept, self.load_safety_checker())
         processed = list(kept.values())
-        if plan.upscale > 1:
-            processed = self.upscale(processed, plan.upscale, plan.upscaler, timings)
-        if plan.watermark:
+        if request.upscale != Upscale.OFF:
+            factor = int(request.upscale)
+            processed = self.upscale(processed, factor, request.upscaler, timings)
+        if request.apply_watermark:
             with timings.measure("watermark"):
                 processed = _watermark(processed, torch.device(self._device))
         return dict(zip(kept, processed, strict=True))
 
     def upscale(
-        self, images: Sequence[Image.Image], factor: float, name: Upscaler, timings: Timings
+        self, images: Sequence[Image.Image], factor: float, name: str, timings: Timings
     ) -> list[Image.Image]:
         """Enlarge the images' sides by `factor`, above 1 and up to 4."""
         with timings.measure("upscale"):

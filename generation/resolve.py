@@ -3,39 +3,23 @@
 import math
 import secrets
 from collections.abc import Iterator
-from dataclasses import fields, replace
-from typing import TypeVar
+from dataclasses import replace
 
 from generation.base_models import BaseModelSpec, GuidanceMode
-from generation.controlnets import NO_CONTROL, ControlMapsPlan, resolve_controlnets
 from generation.errors import InvalidRequest
 from generation.options import (
     MAX_NUM_INFERENCE_STEPS,
     SEEDS,
     GenerationRequest,
-    InpaintArea,
-    MaskedContent,
-    OutputFormat,
     Refine,
     Upscale,
-    Upscaler,
 )
-from generation.plan import (
-    BASE_IMAGE_STRENGTH,
-    GenerationPlan,
-    HiresPlan,
-    Mode,
-    OutputPlan,
-    RefinePlan,
-    RepaintPlan,
-    StagePlan,
-    WeightsUse,
-    resolve_mode,
-)
-from generation.rules import check_request
+from generation.plan import BASE_IMAGE_STRENGTH, GenerationPlan, Mode, StagePlan, WeightsUse
+from generation.rules import check_request, resolve_controlnets
 from generation.schedulers import SCHEDULERS, ScheduleType
 from generation.sizes import (
     AspectRatio,
+    Margins,
     Size,
     extended_size,
     outpaint_steps,
@@ -45,20 +29,10 @@ from generation.sizes import (
     size_of_ratio,
     valid_size,
 )
-from preprocess.annotators import AnnotatorSettings
 from preprocess.images import MAX_IMAGE_PIXELS
-from weights.references import Tokens, parse_source, shown
-
-T = TypeVar("T")
+from weights.user.parse import Tokens, parse_source
 
 UPSCALER_FACTOR = 4  # preprocess.upscale.FACTOR, which cannot be imported without torch
-
-# Never written into files: secrets, the client's files, and what other fields of the metadata say.
-_EXCLUDED_FROM_METADATA = {
-    *("hf_api_token", "civitai_api_token", "image", "mask"),
-    *("prompt", "negative_prompt", "seed", "num_outputs", "outpaint", "controls"),
-    *("output_format", "output_quality", "embed_parameters"),
-}
 
 
 def resolve(
@@ -79,82 +53,100 @@ def resolve(
     """
     mode = resolve_mode(request)
     check_request(request, spec)
-    weights = _weights(request)
-    control_maps = ControlMapsPlan(
-        AnnotatorSettings(request.canny_low_threshold, request.canny_high_threshold),
-        returned=request.return_control_maps or request.control_maps_only,
-        only=request.control_maps_only,
-    )
-    controlnets = resolve_controlnets(request.controls, control_maps, spec)
+    controlnets = resolve_controlnets(request, spec)
     size = _size(request, mode, spec, image_size or control_size)
-    steps = _default(request.num_inference_steps, spec.num_inference_steps)
-    scheduler = _default(request.scheduler, spec.scheduler)
-    most = _most_steps(scheduler, spec)
-    hires = _hires(request, mode, spec, size, steps, most)
-    strength = 1.0 if mode is Mode.TXT2IMG else request.prompt_strength
-    strength, steps = _at_least_one_step(strength, steps, most)
-    refine = _refine(request, steps, most)
-    guidance_scale = _default(request.guidance_scale, spec.guidance_scale)
-    cfg = spec.guidance is GuidanceMode.CLASSIFIER_FREE and guidance_scale > 1
-    first = StagePlan(mode, *size, strength, steps, is_refined=bool(refine and not hires))
+    steps = request.num_inference_steps or spec.num_inference_steps
+    scheduler = request.scheduler or spec.scheduler
+    limits = (SCHEDULERS[scheduler].max_steps, spec.steps[1] if spec.steps else None)
+    most = min([MAX_NUM_INFERENCE_STEPS, *(limit for limit in limits if limit is not None)])
+    is_refined, hires = request.refine != Refine.NO_REFINER, None
+    if request.hires_fix != 1:
+        hires = _hires_stage(request, mode, spec, size, steps, most, is_refined)
+    strength = 1.0
+    if mode is not Mode.TXT2IMG:
+        strength = max(request.prompt_strength, 1 / most)
+        steps = at_least_one_step(strength, steps, most)
+    refine_steps = at_least_one_step(BASE_IMAGE_STRENGTH, request.refine_steps or steps, most)
+    first = StagePlan(mode, *size, strength, steps, is_refined and hires is None)
+    stages = [first]
+    if mode is Mode.OUTPAINT and image_size:
+        stages = list(_outpaint_stages(first, request.outpaint, image_size))
+    if hires is not None:
+        stages.append(hires)
+    if request.upscale != Upscale.OFF:
+        _check_upscale(request, stages[-1].size)
+    guidance = spec.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    seed = secrets.randbelow(SEEDS) if request.seed is None else request.seed
     return GenerationPlan(
+        request=request,
         mode=mode,
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
         width=size[0],
         height=size[1],
         scheduler=scheduler,
         schedule_type=ScheduleType(request.schedule_type),
         num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        do_classifier_free_guidance=cfg,
-        guidance_start=request.guidance_start,
-        guidance_end=request.guidance_end,
-        clip_skip=request.clip_skip,
         strength=strength,
-        repaint=_repaint(request) if mode in (Mode.INPAINT, Mode.OUTPAINT) else None,
+        guidance_scale=guidance,
+        do_classifier_free_guidance=spec.guidance is GuidanceMode.CLASSIFIER_FREE and guidance > 1,
+        refine_steps=refine_steps,
+        stages=tuple(stages),
         controlnets=controlnets,
-        control_maps=control_maps,
-        refine=refine,
-        weights=weights,
+        weights=_weights(request),
         tokens=Tokens(request.hf_api_token or None, request.civitai_api_token or None),
-        hires=hires,
-        stages=tuple(_stages(first, request, image_size, hires)),
-        upscale=_upscale(request, (hires.width, hires.height) if hires else size),
-        upscaler=Upscaler(request.upscaler),
-        check_safety=not request.disable_safety_checker,
-        watermark=request.apply_watermark,
-        output=OutputPlan(
-            OutputFormat(request.output_format),
-            request.output_quality,
-            recorded_inputs(request) if request.embed_parameters else None,
-        ),
-        seeds=_seeds(request.seed, request.num_outputs),
+        # seed + k for image k, so that each can be made again alone
+        seeds=tuple((seed + k) % SEEDS for k in range(request.num_outputs)),
     )
 
 
-def _default(value: T | None, default: T) -> T:
-    return default if value is None else value
+def at_least_one_step(strength: float, steps: int, most: int) -> int:
+    """Return a number of steps from `steps` to `most` of which `strength` leaves one to run.
+
+    The strength stays: the schedule gets finer until int(strength x steps), diffusers' count of
+    steps, is not zero.
+    """
+    while int(steps * strength) < 1 and steps < most:
+        steps += 1
+    return steps
 
 
-def _stages(
-    first: StagePlan, request: GenerationRequest, image: Size | None, hires: HiresPlan | None
-) -> Iterator[StagePlan]:
-    """Yield the stages of a plan; `first` is the only one but for outpainting and hires."""
-    if first.mode is Mode.OUTPAINT and image is not None:
-        left, top = request.outpaint.left, request.outpaint.top  # that remain to be added
-        size = image
-        for margins in outpaint_steps(image, request.outpaint):
-            left, top = left - margins.left, top - margins.top
-            size = extended_size(size, margins)
-            stage = replace(first, mode=Mode.INPAINT, width=size[0], height=size[1])
-            yield replace(stage, margins=margins, offset=(left, top))
-    else:
-        yield first
-    if hires is not None:
-        size, steps = (hires.width, hires.height), hires.num_inference_steps
-        is_refined = request.refine != Refine.NO_REFINER
-        yield StagePlan(Mode.IMG2IMG, *size, hires.strength, steps, is_refined)
+def _outpaint_stages(first: StagePlan, outpaint: Margins, size: Size) -> Iterator[StagePlan]:
+    """Yield the stages that extend an image of `size` step by step."""
+    left, top = outpaint.left, outpaint.top  # that remain to be added
+    for margins in outpaint_steps(size, outpaint):
+        left, top = left - margins.left, top - margins.top
+        size = extended_size(size, margins)
+        stage = replace(first, mode=Mode.INPAINT, width=size[0], height=size[1])
+        yield replace(stage, margins=margins, offset=(left, top))
+
+
+def _hires_stage(
+    request: GenerationRequest,
+    mode: Mode,
+    spec: BaseModelSpec,
+    size: Size,
+    steps: int,
+    most: int,
+    is_refined: bool,
+) -> StagePlan:
+    """Return the stage that denoises the enlarged images again."""
+    factor = request.hires_fix
+    if mode not in (Mode.TXT2IMG, Mode.IMG2IMG):
+        raise InvalidRequest(
+            f"hires_fix is {factor:g}, and this is {mode}: denoising again would change what has"
+            " to stay; leave hires_fix at 1, and use upscale for a larger image"
+        )
+    width, height = (round_to_multiple(side * factor) for side in size)
+    if width * height > spec.max_hires_pixels:
+        largest = math.floor(100 * math.sqrt(spec.max_hires_pixels / (size[0] * size[1]))) / 100
+        raise InvalidRequest(
+            f"hires_fix is {factor:g}, which makes {width}x{height} of {size[0]}x{size[1]};"
+            f" {spec.name} generates at most {spec.max_hires_pixels} pixels: use hires_fix up to"
+            f" {largest:g}, and upscale for more"
+        )
+    strength = request.hires_strength
+    strength = max(spec.hires_strength if strength is None else strength, 1 / most)
+    steps = at_least_one_step(strength, steps, most)
+    return StagePlan(Mode.IMG2IMG, width, height, strength, steps, is_refined)
 
 
 def _size(request: GenerationRequest, mode: Mode, spec: BaseModelSpec, image: Size | None) -> Size:
@@ -183,69 +175,7 @@ def _size(request: GenerationRequest, mode: Mode, spec: BaseModelSpec, image: Si
     return valid_size(width, height, image, spec)
 
 
-def _most_steps(scheduler: str, spec: BaseModelSpec) -> int:
-    limits = (SCHEDULERS[scheduler].max_steps, spec.steps[1] if spec.steps else None)
-    return min([MAX_NUM_INFERENCE_STEPS, *(limit for limit in limits if limit is not None)])
-
-
-def _at_least_one_step(strength: float, steps: int, most: int) -> tuple[float, int]:
-    """Return (strength, steps) so that int(strength x steps), diffusers' count, is not zero.
-
-    The strength stays: the schedule gets finer until one of its steps fits in, up to `most` steps.
-    """
-    strength = max(strength, 1 / most)
-    while int(steps * strength) < 1:
-        steps += 1
-    return strength, steps
-
-
-def _refine(request: GenerationRequest, steps: int, most: int) -> RefinePlan | None:
-    style = Refine(request.refine)
-    if style is Refine.NO_REFINER:
-        return None
-    steps = _default(request.refine_steps, steps)
-    if style is Refine.BASE_IMAGE:
-        _, steps = _at_least_one_step(BASE_IMAGE_STRENGTH, steps, most)
-    return RefinePlan(style, request.high_noise_frac, steps)
-
-
-def _hires(
-    request: GenerationRequest, mode: Mode, spec: BaseModelSpec, size: Size, steps: int, most: int
-) -> HiresPlan | None:
-    factor = request.hires_fix
-    if factor == 1:
-        return None
-    if mode not in (Mode.TXT2IMG, Mode.IMG2IMG):
-        raise InvalidRequest(
-            f"hires_fix is {factor:g}, and this is {mode}: denoising again would change what has"
-            " to stay; leave hires_fix at 1, and use upscale for a larger image"
-        )
-    width, height = (round_to_multiple(side * factor) for side in size)
-    if width * height > spec.max_hires_pixels:
-        largest = math.floor(100 * math.sqrt(spec.max_hires_pixels / (size[0] * size[1]))) / 100
-        raise InvalidRequest(
-            f"hires_fix is {factor:g}, which makes {width}x{height} of {size[0]}x{size[1]};"
-            f" {spec.name} generates at most {spec.max_hires_pixels} pixels: use hires_fix up to"
-            f" {largest:g}, and upscale for more"
-        )
-    strength = _default(request.hires_strength, spec.hires_strength)
-    return HiresPlan(width, height, *_at_least_one_step(strength, steps, most))
-
-
-def _repaint(request: GenerationRequest) -> RepaintPlan:
-    return RepaintPlan(
-        mask_invert=request.mask_invert,
-        mask_blur=request.mask_blur,
-        masked_content=MaskedContent(request.masked_content),
-        area=InpaintArea(request.inpaint_area),
-        padding=request.inpaint_padding,
-        outpaint=request.outpaint,
-    )
-
-
-def _upscale(request: GenerationRequest, size: Size) -> int:
-    if request.upscale == Upscale.OFF:
-        return 1
+def _check_upscale(request: GenerationRequest, size: Size) -> None:
     # The model makes four times the side, whatever is made of that.
     pixels = size[0] * size[1] * UPSCALER_FACTOR**2
     if pixels > MAX_IMAGE_PIXELS:
@@ -254,7 +184,6 @@ def _upscale(request: GenerationRequest, size: Size) -> int:
             f" they may have at most {MAX_IMAGE_PIXELS // UPSCALER_FACTOR**2} pixels; ask for a"
             f" smaller width, height and hires_fix, or use upscale={Upscale.OFF}"
         )
-    return int(request.upscale)
 
 
 def _weights(request: GenerationRequest) -> tuple[WeightsUse, ...]:
@@ -268,30 +197,23 @@ def _weights(request: GenerationRequest) -> tuple[WeightsUse, ...]:
     return tuple(uses)
 
 
-def _seeds(seed: int | None, count: int) -> tuple[int, ...]:
-    """Return seed + k for image k, so that each can be made again alone."""
-    if seed is None:
-        seed = secrets.randbelow(SEEDS)
-    return tuple((seed + k) % SEEDS for k in range(count))
+def resolve_mode(request: GenerationRequest) -> Mode:
+    """Return what the request does: replicate/cog-sdxl's rule, and outpainting.
 
-
-def recorded_inputs(request: GenerationRequest) -> dict[str, object]:
-    """Return the inputs to record beside the prompts; addresses without queries and content."""
-    recorded: dict[str, object] = {
-        entry.name: value
-        for entry in fields(request)
-        if entry.name not in _EXCLUDED_FROM_METADATA
-        and (value := getattr(request, entry.name)) not in (None, "", ())
-    }
-    recorded |= {f"outpaint_{side}": margin for side, margin in vars(request.outpaint).items()}
-    for k, control in enumerate(request.controls, 1):
-        if control.control_type != NO_CONTROL:
-            recorded[f"controlnet_{k}"] = control.control_type
-            for name in ("conditioning_scale", "start", "end", "is_map"):
-                recorded[f"controlnet_{k}_{name}"] = getattr(control, name)
-    if request.replicate_weights:
-        recorded["replicate_weights"] = shown(request.replicate_weights.strip())
-    if request.loras:
-        recorded["loras"] = [shown(reference) for reference in request.loras]
-        recorded["lora_scales"] = list(request.lora_scales)
-    return recorded
+    Raises:
+        InvalidRequest: the images do not add up to a mode.
+    """
+    masks = [name for name in ("mask", "mask_from_alpha") if getattr(request, name)]
+    if request.image is None:
+        for name in [*masks, *(["outpaint_*"] if request.outpaint else [])]:
+            raise InvalidRequest(f"{name} is given without an image; give the image it is about")
+        return Mode.TXT2IMG
+    if len(masks) > 1:
+        raise InvalidRequest("mask and mask_from_alpha are both given; give one of them")
+    if request.outpaint:
+        if masks:
+            raise InvalidRequest(
+                f"{masks[0]} and outpaint_* are both given; repaint and extend in two requests"
+            )
+        return Mode.OUTPAINT
+    return Mode.INPAINT if masks else Mode.IMG2IMG

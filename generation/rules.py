@@ -1,10 +1,19 @@
 """The rules of a request beyond single ranges: what goes together, and what the model can do."""
 
 from generation.base_models import BaseModelSpec, GuidanceMode
+from generation.controlnets import (
+    CONTROLNETS,
+    NO_CONTROL,
+    ControlNetPlan,
+    ControlRequest,
+    control_types_of,
+)
 from generation.errors import InvalidRequest
 from generation.options import GenerationRequest, Refine
 from generation.schedulers import SCHEDULERS
 from inputs import check
+from preprocess.annotators import ANNOTATORS
+from weights.catalog import CATALOG
 
 MAX_LORAS = 8
 
@@ -101,3 +110,79 @@ def _check_scheduler(request: GenerationRequest, spec: BaseModelSpec) -> None:
                 f"{input_name} is {count}, and scheduler {name} has at most {scheduler.max_steps};"
                 " use fewer, or another scheduler"
             )
+
+
+def resolve_controlnets(
+    request: GenerationRequest, spec: BaseModelSpec
+) -> tuple[ControlNetPlan, ...]:
+    """Check every rule about ControlNets; return those whose maps are needed, in order.
+
+    Raises:
+        InvalidRequest: naming the value, the rule and the remedy.
+    """
+    plans = []
+    for n, control in enumerate(request.controls, 1):
+        name = f"controlnet_{n}"
+        _check_control(name, control)
+        if control.control_type != NO_CONTROL:
+            plans.append(_control_plan(name, control, spec))
+    low, high = request.canny_low_threshold, request.canny_high_threshold
+    if low >= high:
+        raise InvalidRequest(
+            f"canny_low_threshold is {low} and canny_high_threshold {high}; the first must be below"
+            " the second"
+        )
+    for name in ("return_control_maps", "control_maps_only"):
+        if getattr(request, name) and not plans:
+            raise InvalidRequest(
+                f"{name} is on, but there is no ControlNet whose map could be returned; choose"
+                " controlnet_1 and send controlnet_1_image"
+            )
+    return tuple(plan for plan in plans if request.returns_control_maps or plan.has_effect)
+
+
+def _check_control(name: str, request: ControlRequest) -> None:
+    if request.start >= request.end:
+        raise InvalidRequest(
+            f"{name}_start is {request.start:g} and {name}_end {request.end:g}; a control ends"
+            " after it starts: use a start below the end, such as 0 and 1 for all steps"
+        )
+    if request.control_type == NO_CONTROL and request.image is not None:
+        raise InvalidRequest(
+            f"{name}_image is given, but {name} is {NO_CONTROL!r}; choose its control type:"
+            f" one of {', '.join(CONTROLNETS)}"
+        )
+    if request.control_type != NO_CONTROL and request.image is None:
+        raise InvalidRequest(
+            f"{name} is {request.control_type}, but {name}_image is missing; send the image that"
+            f" it is taken from, or a ready-made map and {name}_is_map=true"
+        )
+
+
+def _control_plan(name: str, request: ControlRequest, model: BaseModelSpec) -> ControlNetPlan:
+    spec, entries = CONTROLNETS[request.control_type], CATALOG[model.edition]
+    weights = spec.weights.get(model.base_model)
+    if weights is None or weights not in entries:
+        possible = ", ".join(control_types_of(model))
+        why = "exists" if weights is None else f"is among the {model.edition} weights"
+        raise InvalidRequest(
+            f"{name} is {spec.name}, and no ControlNet of that type {why} for {model.name}"
+            f" ({model.base_model}); use one of {possible}, or another model"
+        )
+    annotator = None if request.is_map else spec.annotator
+    detector = ANNOTATORS[annotator].weights if annotator is not None else None
+    if detector is not None and detector not in entries:
+        raise InvalidRequest(
+            f"{name} is {spec.name}, and the {model.edition} weights have no annotator that makes"
+            f" such a map; send a ready-made map and {name}_is_map=true, or set"
+            " WEIGHTS_EDITION=full"
+        )
+    return ControlNetPlan(
+        name,
+        spec,
+        weights,
+        request.conditioning_scale,
+        request.start,
+        request.end,
+        annotator,
+    )

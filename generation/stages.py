@@ -89,8 +89,7 @@ def prepare_stage(
     if stage.mode is not Mode.INPAINT:
         return StageInput(images, CropRegion.whole((plan.width, plan.height), stage.size), None)
     assert mask is not None
-    assert plan.repaint is not None
-    inpaint = inpaint_region(mask, plan.repaint, stage.strength, spec)
+    inpaint = inpaint_region(mask, plan.request, stage.strength, spec)
     return StageInput(images, inpaint.crop.moved(*stage.offset), inpaint)
 
 
@@ -117,10 +116,10 @@ class StageSampler:
             config = {**self.base.components.scheduler_config, **self.spec.scheduler_config}
             scheduler = build_scheduler(self.plan.scheduler, self.plan.schedule_type, config)
             timesteps = select_timesteps(scheduler, stage.num_inference_steps, stage.strength)
-            refine, cutoff = self.plan.refine if stage.is_refined else None, None
-            if refine is not None and refine.style is Refine.EXPERT_ENSEMBLE:
+            request, cutoff = self.plan.request, None
+            if stage.is_refined and request.refine == Refine.EXPERT_ENSEMBLE:
                 levels = scheduler.config.num_train_timesteps
-                cutoff = refiner_cutoff(timesteps, refine.high_noise_frac, levels)
+                cutoff = refiner_cutoff(timesteps, request.high_noise_frac, levels)
                 timesteps = timesteps if cutoff is None else timesteps.until(cutoff)
             noise = self._noise(start.region.size)
             starts_from_noise = init is None or (change is not None and stage.strength == 1)
@@ -147,7 +146,7 @@ class StageSampler:
         if start.inpaint is None:
             return init, None
         change = to_latent_mask(start.inpaint.change).to(init.device)
-        if self.plan.repaint and self.plan.repaint.masked_content is MaskedContent.NOISE:
+        if self.plan.request.masked_content == MaskedContent.NOISE:
             init = torch.where(change >= 1, self._noise(start.region.size), init)
         return init, change
 
@@ -161,15 +160,13 @@ class StageSampler:
         cutoff: int | None,
     ) -> Tensor:
         """Continue the base model's steps with the refiner, or refine its result."""
-        refine = self.plan.refine
-        assert refine is not None
         assert self.refiner_prompts is not None
         if known is not None:  # the base has opened grey parts: the refiner may change them at once
             known = replace(known, change=(known.change > 0).to(known.change))
         config = refiner.components.scheduler_config
         scheduler = build_scheduler(self.plan.scheduler, self.plan.schedule_type, config)
-        if refine.style is Refine.BASE_IMAGE:
-            timesteps = select_timesteps(scheduler, refine.num_inference_steps, BASE_IMAGE_STRENGTH)
+        if self.plan.request.refine == Refine.BASE_IMAGE:
+            timesteps = select_timesteps(scheduler, self.plan.refine_steps, BASE_IMAGE_STRENGTH)
             noise = self._noise(size)
             known = known and replace(known, noise=noise)
             latents = initial_latents(scheduler, timesteps, noise, latents, self.plan.seeds)
@@ -197,7 +194,8 @@ class StageSampler:
         plan = self.plan
         guidance = None
         if plan.do_classifier_free_guidance:
-            guidance = GuidanceInterval(plan.guidance_scale, plan.guidance_start, plan.guidance_end)
+            start, end = plan.request.guidance_start, plan.request.guidance_end
+            guidance = GuidanceInterval(plan.guidance_scale, start, end)
         n_images, controlnets = len(self.generators), []
         conditioning = condition(model.components, prompts, size, n_images, plan.guidance_scale)
         if maps:

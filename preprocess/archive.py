@@ -12,8 +12,16 @@ from pathlib import Path, PurePosixPath
 from preprocess.errors import BadArchive, BadCaptions, BadPicture, DiskFull
 from preprocess.images import read_size
 from preprocess.picture_formats import begins_like_photo, picture_suffixes
-from weights.recognise import Container, describe, find_archive, quote
-from weights.unpack import Limits, OpenMember, disk_full_is, read_members
+from weights.formats.archive import (
+    ArchiveError,
+    Container,
+    Limits,
+    Member,
+    find_archive,
+    read_members,
+)
+from weights.formats.detect import describe
+from weights.messages import disk_full_raises, quote
 
 MIN_PICTURES = 2  # from one, a model learns the picture and not what it shows
 MAX_PICTURES = 2000
@@ -111,13 +119,16 @@ def unpacked(path: Path, label: str, folder: Path) -> Iterator[PhotoArchive]:
     limits = Limits(
         MAX_MEMBERS, MAX_EXPANDED_BYTES, MAX_RATIO, FREE_BYTES, "Send fewer or smaller pictures"
     )
-    with disk_full_is(disk_full):
+    with disk_full_raises(disk_full):
         private = tempfile.TemporaryDirectory(prefix="photos-", dir=folder)
     with private as name:
         unpacking = _Unpacking(label, Path(name))
-        with disk_full_is(disk_full):
-            for member in read_members(path, container, limits, unpacking.bad, lambda names: None):
-                _take(member, unpacking)
+        with disk_full_raises(disk_full):
+            try:
+                for member in read_members(path, container, limits):
+                    _take(member, unpacking)
+            except ArchiveError as error:
+                raise unpacking.bad(error.fault, error.remedy) from error
         yield _look_through(unpacking)
 
 
@@ -140,7 +151,7 @@ def _find_container(path: Path, label: str) -> Container:
     return container
 
 
-def _take(member: OpenMember, unpacking: _Unpacking) -> None:
+def _take(member: Member, unpacking: _Unpacking) -> None:
     """Keep a member that is a picture or a text; leave others alone."""
     name = _plain_name(member.name)
     if _is_clutter(name):

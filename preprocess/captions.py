@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 
 from preprocess.archive import PhotoArchive, TextFile
 from preprocess.errors import BadCaptions
-from weights.recognise import quote
+from weights.messages import quote
 from weights.trigger_words import MAX_TRIGGER_CHARACTERS, can_be_typed, has_trigger_word
 
 MAX_CAPTION_CHARACTERS = 2000  # a text encoder reads 75 tokens, some 300 characters

@@ -22,7 +22,9 @@ from huggingface_hub import constants
 
 from tests import fake_names
 from tests.background_server import serving
-from weights import addresses, retry, trained_cache
+from weights import retry
+from weights.user import cache as trained_cache
+from weights.user import ssrf_guard as addresses
 
 PUBLIC = "93.184.216.34"
 OTHER_PUBLIC = "2606:2800:220:1::1"
@@ -264,7 +266,7 @@ def _use_names(web: FakeWeb, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 if __name__ == "__main__":  # a process of its own, for tests that race or kill one
-    from weights.sources import Tokens, fetch, parse_source
+    from weights.user.fetch import Tokens, fetch, parse_source
 
     with fetch(parse_source(sys.argv[1], "lora_weights"), Tokens(None, None)) as file:
         sys.stdout.write(str(file.path))

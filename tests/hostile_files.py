@@ -69,11 +69,18 @@ def with_pax(name="lora.safetensors", **headers):
     return tar_bytes([(info, LORA)])
 
 
-def bad_pax():
-    content = bytearray(with_pax(comment="x" * 50))
-    at = content.index(b" comment=")
-    content[at - 2 : at] = b"99"
-    return bytes(content)
+def nested_headers():
+    """Extended headers that describe extended headers, 2,000 of them."""
+    (header,) = [with_pax(comment="x")[:1024]]
+    return header * 2000 + tar_bytes({"lora.safetensors": LORA})
+
+
+def sparse_map():
+    """A sparse file of format 1.0, whose content begins with a map of a million pieces."""
+    numbers = b"1000000\n" + b"0\n" * 2_000_000
+    fields = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+    info = tar_info("lora.safetensors", size=len(numbers), pax_headers=fields)
+    return tar_bytes([(info, numbers)])
 
 
 def encrypted():
@@ -175,8 +182,8 @@ CONTAINERS = {
     "web page": (b"\n<!DOCTYPE html><html>log in</html>", "a web page"),
     "LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "a git LFS pointer"),
     "JSON": (b'{"error": "not found"}', "a JSON text"),
-    "picture": (b"\x89PNG\r\n\x1a\n" + bytes(99), "a PNG picture"),
-    "photo": (b"\xff\xd8\xff\xe0" + bytes(99), "a JPEG picture"),
+    "picture": (b"\x89PNG\r\n\x1a\n" + bytes(99), "a PNG image"),
+    "photo": (b"\xff\xd8\xff\xe0" + bytes(99), "a JPEG image"),
     "bzip2": (b"BZh91AY" + bytes(99), "a bzip2 archive"),
     "xz": (b"\xfd7zXZ\0" + bytes(99), "an xz archive"),
     "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(99), "a 7z archive"),
@@ -236,14 +243,15 @@ ARCHIVES = {
     "member of 2**70": (with_size(b"\x80" + (1 << 70).to_bytes(11, "big")), "has a member"),
     "negative size": (with_size(b"\xff" * 11 + b"\xf0"), "negative size"),
     "pax size": (with_pax(size="9" * 30), "has a member"),
-    "pax size text": (with_pax(size="-5"), "unreadable size"),
+    "pax size text": (with_pax(size="-5"), "negative size"),
+    "nested pax headers": (nested_headers(), "outsized extended headers"),
+    "sparse, large map": (sparse_map(), "outsized extended headers"),
     "long pax header": (with_pax(comment="x" * 200_000), "outsized extended headers"),
     "long name": (
         tar_bytes({"x" * 200_000: b""}, tarfile.GNU_FORMAT),
         "outsized extended headers",
     ),
-    "damaged pax header": (bad_pax(), "damaged pax header"),
-    "only a pickle": (tar_bytes({"model.bin": b"x"}), "'model.bin' is a pickle"),
+    "only a pickle": (tar_bytes({"model.bin": b"x"}), "holds 'model.bin', a pickle"),
     "nothing useful": (tar_bytes({"a.txt": b"x", "b": b""}), "but 'a.txt', 'b'"),
     "archive in archive": (tar_bytes({"a.tar": tar_bytes(cog_members())}), "but 'a.tar'"),
     "only hidden": (tar_bytes({"._lora.safetensors": LORA}), "has no safetensors file"),

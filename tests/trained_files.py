@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from tests.packed import gz_bytes, tar_bytes, tar_info, zip_bytes  # noqa: F401
-from weights.lora_names import to_sgm
+from weights.formats.key_map import to_sgm
+from weights.formats.read import read_trained
+from weights.formats.types import LoraDelta, ModelShapes, TrainedWeights
 from weights.miniature.architecture import TEXT_WIDTH, build_text_encoders, build_unet
-from weights.trained import LoraDelta, ModelShapes, TrainedWeights, read_trained
 
 NAME = "lora_weights"  # the input's name, which every message has to mention
 WIDTH = TEXT_WIDTH

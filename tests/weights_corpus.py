@@ -19,7 +19,7 @@ from tests.trained_files import (
     tar_bytes,
     zip_bytes,
 )
-from weights.safe_file import MAX_HEADER_BYTES
+from weights.formats.safetensors_checks import MAX_HEADER_BYTES
 
 BOMB_BYTES = 70_000_000  # more than may be expanded whatever the ratio
 TEN_GB = 10 << 30

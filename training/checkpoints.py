@@ -1,8 +1,8 @@
-"""Where a training can go on after it was stopped, whenever that happens.
+"""Checkpoints that a training is resumed from, whenever it was stopped.
 
 <folder>/step-000100/    has its name only once it is complete
   state.pt               parameters, optimizers
-  state.json             step, history, and which training it belongs to
+  state.json             step, history, and the fingerprint of the training
 """
 
 from __future__ import annotations
@@ -16,75 +16,75 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from training.config import TrainPlan
-from training.dataset import Latents
+from training.dataset import CachedExample
 from training.errors import DiskFull, WrongCheckpoint
-from training.optimizers import Group
+from training.optimizers import ParameterGroup
+from training.plan import TrainPlan
 from training.progress import History
-from weights.unpack import disk_full_is
+from weights.messages import disk_full_raises
 
 _NAME = re.compile(r"step-(\d{6})")
-# Settings that may change between two parts of one training.
-_FREE = {"verbose", "checkpointing_steps", "preview_prompts", "preview_steps", "exchange_files"}
+# Settings that may differ when a training is resumed; archives count by their examples.
+_NOT_IN_FINGERPRINT = {
+    *("verbose", "checkpointing_steps", "preview_prompts", "preview_steps", "exchange_files"),
+    *("input_images", "class_images", "input_images_filetype"),
+}
 
 
 @dataclass(frozen=True)
-class Resumed:
-    """Where a training goes on."""
+class TrainingState:
+    """The tensors that a training changes, and the digest of all that decides its result."""
 
-    step: int
-    history: History
+    groups: Sequence[ParameterGroup]
+    optimizers: Sequence[torch.optim.Optimizer]
+    fingerprint: str
 
 
-def fingerprint(plan: TrainPlan, data: Sequence[Latents]) -> str:
-    """A digest of all that decides a training's result: its settings and its examples."""
-    settings = {k: v for k, v in dataclasses.asdict(plan).items() if k not in _FREE}
+def fingerprint(plan: TrainPlan, data: Sequence[CachedExample]) -> str:
+    """Return a digest of the settings and examples that decide a training's result."""
+    settings = dataclasses.asdict(plan)
+    settings = {k: v for k, v in settings.items() if k not in _NOT_IN_FINGERPRINT}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for item in data:
         digest.update(item.caption.encode() + item.time_ids.numpy().tobytes())
-        # Not every bit: another kernel rounds another way.
+        # Few digits, as kernels may round another way after a restart.
         digest.update(b"".join(str(v.mean.mean().item())[:5].encode() for v in item.views))
     return digest.hexdigest()
 
 
-def save(
-    folder: Path,
-    step: int,
-    groups: Sequence[Group],
-    optimizers: Sequence[torch.optim.Optimizer],
-    history: History,
-    training: str,
-) -> Path:
-    """Write a checkpoint aside, give it its name, remove older ones. `training`: fingerprint.
+def save(folder: Path, step: int, state: TrainingState, history: History) -> Path:
+    """Write a checkpoint, rename it once it is complete, and remove older ones.
 
-    Raises DiskFull; the checkpoint before it stays then.
+    Raises DiskFull; the previous checkpoint stays then.
     """
-    tensors = {
-        "parameters": {g.name: {k: p.detach() for k, p in g.parameters.items()} for g in groups},
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+    parameters = {
+        group.name: {name: p.detach() for name, p in group.parameters.items()}
+        for group in state.groups
     }
-    state = {"step": step, "training": training, "history": history.to_json()}
-    aside, final = folder / ".partial", folder / f"step-{step:06d}"
-    shutil.rmtree(aside, ignore_errors=True)
+    optimizers = [optimizer.state_dict() for optimizer in state.optimizers]
+    content = {"step": step, "training": state.fingerprint, "history": history.to_json()}
+    partial, final = folder / ".partial", folder / f"step-{step:06d}"
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        with disk_full_is(lambda: _disk_full(folder, step)):
-            aside.mkdir(parents=True)
-            with (aside / "state.pt").open("wb") as file:
-                torch.save(tensors, file)
-                _to_disk(file)
-            with (aside / "state.json").open("w", encoding="utf-8") as text:
-                json.dump(state, text)
-                _to_disk(text)
-    except BaseException:  # a cancelled one too
-        shutil.rmtree(aside, ignore_errors=True)
+        with disk_full_raises(lambda: _disk_full(folder, step)):
+            partial.mkdir(parents=True)
+            with (partial / "state.pt").open("wb") as file:
+                torch.save({"parameters": parameters, "optimizers": optimizers}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            with (partial / "state.json").open("w", encoding="utf-8") as text:
+                json.dump(content, text)
+                text.flush()
+                os.fsync(text.fileno())
+    except BaseException:  # a cancellation too
+        shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
-    for older in _all(folder)[:-1]:
+    partial.rename(final)
+    for older in _checkpoints(folder)[:-1]:
         shutil.rmtree(older)
     return final
 
@@ -92,46 +92,37 @@ def save(
 def _disk_full(folder: Path, step: int) -> DiskFull:
     return DiskFull(
         f"the checkpoint of step {step} does not fit into {folder}: the disk is full; free some"
-        " room there and start the same training again, which goes on from its last checkpoint, or"
+        " room there and start the same training again, which resumes from its last checkpoint, or"
         " set TRAINING_CHECKPOINTS to a folder with more"
     )
 
 
-def _to_disk(file: Any) -> None:  # noqa: ANN401
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _all(folder: Path) -> list[Path]:
+def _checkpoints(folder: Path) -> list[Path]:
+    """Return all that are complete, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
-def resume(
-    folder: Path,
-    groups: Sequence[Group],
-    optimizers: Sequence[torch.optim.Optimizer],
-    training: str,
-) -> Resumed | None:
-    """Take over the newest checkpoint's state; None if there is none.
+def resume(folder: Path, state: TrainingState) -> tuple[int, History]:
+    """Load the newest checkpoint into `state`; return its step and history, 0 and none without one.
 
-    Raises WrongCheckpoint for one of other settings or examples.
+    Raises WrongCheckpoint if it is of other settings or examples.
     """
-    found = _all(folder)
+    found = _checkpoints(folder)
     if not found:
-        return None
+        return 0, History()
     content = json.loads((found[-1] / "state.json").read_text("utf-8"))
-    if content["training"] != training:
+    if content["training"] != state.fingerprint:
         raise WrongCheckpoint(
-            f"{found[-1]} belongs to a training with other settings, another seed or other"
-            " pictures; remove the folder to begin anew, or train with what it was begun with"
+            f"{found[-1]} belongs to a training with other settings, another seed or other images;"
+            " remove the folder to start anew, or train with those settings"
         )
-    state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True)
+    saved = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True)
     with torch.no_grad():
-        for group in groups:
+        for group in state.groups:
             for name, parameter in group.parameters.items():
-                parameter.copy_(state["parameters"][group.name][name])
-    for optimizer, own in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(own)
-    return Resumed(content["step"], History.from_json(content["history"]))
+                parameter.copy_(saved["parameters"][group.name][name])
+    for optimizer, content_of in zip(state.optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(content_of)
+    return content["step"], History.from_json(content["history"])

@@ -1,31 +1,35 @@
-"""What a training is asked to do, and every rule about it. Nothing here imports torch."""
+"""Every input of a training, declared once, and the models' recipes. Nothing here imports torch."""
 
-import math
-import re
-import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TypeVar
+from pathlib import Path
 
-from training.base_models import Method, Schedule, TrainableSpec
+from inputs import REQUIRED, from_inputs, option
+from preprocess.archive import Filetype
 from training.errors import InvalidTraining
+from weights.catalog import Edition
 
-T = TypeVar("T")
-
-SIDE_MULTIPLE = 8  # pixels per latent
-SEEDS = 2**32
-MAX_TOKENS = 8
-MAX_RANK = 256
-MAX_BATCH = 64
 MAX_STEPS = 100_000
-HELD_OUT_FROM = 8  # examples; one in so many is held out
-MAX_HELD_OUT = 4
-STEPS_PER_CHECK = 10  # the held-out loss is taken so often in one training
-MAX_PROMPT_CHARACTERS = 1000
+
+
+class Method(StrEnum):
+    """What to train besides the token embeddings, which every method trains."""
+
+    LORA = "lora"
+    FULL = "full"  # the whole UNet
+    TEXTUAL_INVERSION = "textual_inversion"  # the token embeddings alone
+
+
+class Schedule(StrEnum):
+    """Learning-rate schedules, as `diffusers.optimization` names them."""
+
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    COSINE = "cosine"
 
 
 class Optimizer(StrEnum):
-    """How parameters are moved."""
+    """The optimizers in training/optimizers.py."""
 
     ADAMW = "adamw"
     ADAMW_8BIT = "adamw_8bit"
@@ -34,15 +38,15 @@ class Optimizer(StrEnum):
 
 
 class Prior(StrEnum):
-    """What keeps the model from forgetting what it knew of the class."""
+    """What the prior-preservation loss compares the model with."""
 
     OFF = "off"
-    TEACHER = "teacher"  # the base model's own answers
-    CLASS_IMAGES = "class_images"  # pictures of the class
+    TEACHER = "teacher"  # the base model's predictions
+    CLASS_IMAGES = "class_images"  # images of the class
 
 
 class LoraFormat(StrEnum):
-    """Whose names the archive's LoRA has."""
+    """Key names of a LoRA file."""
 
     COG_SDXL = "cog_sdxl"
     KOHYA = "kohya"
@@ -50,360 +54,256 @@ class LoraFormat(StrEnum):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What was asked. None leaves a value to the model's own default, or the seed to chance."""
+    """The inputs of a training. `resolve` fills in a None from the model's recipe."""
 
-    seed: int | None = None
-    method: Method = Method.LORA
-    resolution: int | None = None  # pixels: the side of the square whose area pictures have
-    train_batch_size: int | None = None  # of all processes together
-    gradient_accumulation_steps: int = 1  # batches for one step
-    num_train_epochs: int | None = None  # in place of max_train_steps
-    max_train_steps: int | None = None
-    unet_learning_rate: float | None = None  # with method full
-    ti_lr: float | None = None
-    lora_lr: float | None = None
-    text_encoder_lr: float | None = None
-    lora_rank: int | None = None
-    lora_alpha: float | None = None  # None: the rank
-    use_rslora: bool = False
-    use_dora: bool = False
-    train_text_encoder: bool = False  # a LoRA on the text encoders' attention too
-    optimizer: Optimizer = Optimizer.ADAMW
-    lr_scheduler: Schedule | None = None
-    lr_warmup_steps: int | None = None
-    max_grad_norm: float = 1.0
-    token_string: str = "TOK"  # the word that stands for the concept in captions
-    n_tokens: int | None = None  # vectors that the word has
-    token_initializer: str | None = None  # a word whose vector the new ones start from
-    pivot_fraction: float = 0.5  # of the steps; afterwards the word's vectors stay as they are
-    snr_gamma: float | None = None  # 0: every noise level counts the same
-    noise_offset: float = 0.0
-    caption_dropout: float | None = None  # share of captions that are left empty
-    mask_floor: float = 0.1  # what pixels outside the mask count
-    random_flip: bool = False  # show pictures mirrored half of the time
-    prior_preservation: Prior = Prior.OFF
-    prior_loss_weight: float = 1.0
-    class_prompt: str = ""  # what the concept is one of
-    gradient_checkpointing: bool | None = None  # None: where the device's memory is short
-    compile_unet: bool = False  # minutes at the start for faster steps
-    checkpointing_steps: int | None = None  # None: no checkpoints
-    validation: bool = True  # with 8 examples or more, hold one in 8 out and measure on it
-    preview_prompts: tuple[str, ...] = ()
-    preview_steps: int | None = None  # None: only at the end
-    lora_format: LoraFormat = LoraFormat.COG_SDXL
-    exchange_files: bool = False  # also write what other programs read
-    verbose: bool = True  # a progress bar
+    input_images: Path = option(
+        REQUIRED, "zip, tar or tar.gz of 2 to 2000 images, with captions.csv, .txt files or neither"
+    )
+    seed: int | None = option(
+        None,
+        "Random seed; the same seed gives the same weights. Empty: random, shown in the log",
+        ge=0,
+        le=2**32 - 1,
+    )
+    resolution: int | None = option(
+        None,
+        "Train at about resolution x resolution pixels. Empty: the model's native size",
+        ge=64,
+        le=2048,
+    )
+    train_batch_size: int | None = option(
+        None, "Images per batch, on all GPUs together. Empty: the model's default", ge=1, le=64
+    )
+    num_train_epochs: int | None = option(
+        None, "Passes over all images. Ignored if max_train_steps is set", ge=1, le=MAX_STEPS
+    )
+    max_train_steps: int | None = option(
+        None, "Number of optimizer steps. Empty: the model's default", ge=1, le=MAX_STEPS
+    )
+    is_lora: bool = option(True, "Train a LoRA. If false, train the whole UNet: more memory")
+    unet_learning_rate: float | None = option(
+        None, "Learning rate of the UNet (method full). Empty: the model's default", ge=0, le=10
+    )
+    ti_lr: float | None = option(
+        None, "Learning rate of the token embeddings. Empty: the model's default", ge=0, le=10
+    )
+    lora_lr: float | None = option(
+        None, "Learning rate of the UNet's LoRA. Empty: the model's default", ge=0, le=10
+    )
+    lora_rank: int | None = option(
+        None, "Rank of the LoRA. Empty: the model's default", ge=1, le=256
+    )
+    lr_scheduler: Schedule | None = option(
+        None, "Learning-rate schedule after the warm-up. Empty: the model's default"
+    )
+    lr_warmup_steps: int | None = option(
+        None,
+        "Steps over which the learning rates rise from 0. Empty: the model's default",
+        ge=0,
+        le=MAX_STEPS,
+    )
+    token_string: str = option("TOK", "Trigger word of the new concept in captions and prompts")
+    caption_prefix: str = option(
+        "a photo of TOK, ", "Beginning of automatic captions. Must contain token_string"
+    )
+    mask_target_prompts: str | None = option(
+        None, "Subjects to focus on, such as 'a face'. Other pixels get a low loss weight"
+    )
+    crop_based_on_salience: bool = option(
+        True, "Crop around what the masks show. If false, crop around the center"
+    )
+    use_face_detection_instead: bool = option(
+        False, "Mask by detected faces instead of mask_target_prompts"
+    )
+    clipseg_temperature: float = option(
+        1.0,
+        "Softness of mask_target_prompts' masks: above 1 softer, below 1 harder",
+        ge=0.01,
+        le=1000,
+    )
+    verbose: bool = option(True, "Show a progress bar in the log")
+    checkpointing_steps: int | None = option(
+        None,
+        "Save a checkpoint every N steps to resume from (see TRAINING_CHECKPOINTS)",
+        ge=1,
+        le=MAX_STEPS * 10,
+    )
+    input_images_filetype: Filetype = option(
+        Filetype.INFER, "Expected archive type; others are rejected. infer accepts each"
+    )
+    method: Method | None = option(
+        None, "What to train besides the token embeddings. Empty: follow is_lora"
+    )
+    aspect_ratio_buckets: bool = option(
+        True, "Train at sizes near each image's aspect ratio. If false, on squares"
+    )
+    lora_alpha: float | None = option(
+        None, "LoRA alpha: updates are scaled by alpha / rank. Empty: the rank", ge=0.001, le=2560
+    )
+    use_rslora: bool = option(False, "Rank-stabilized LoRA: scale updates by alpha / sqrt(rank)")
+    use_dora: bool = option(
+        False, "Weight-decomposed LoRA: train magnitudes too. Requires lora_format kohya"
+    )
+    train_text_encoder: bool = option(
+        False, "Train a LoRA on the text encoders too. Requires lora_format kohya"
+    )
+    lora_format: LoraFormat = option(LoraFormat.COG_SDXL, "Key names of the archive's LoRA")
+    exchange_files: bool = option(
+        False, "Also return a LoRA and an embedding for ComfyUI, A1111 and diffusers"
+    )
+    optimizer: Optimizer = option(
+        Optimizer.ADAMW, "Optimizer. prodigy finds its learning rates by itself"
+    )
+    gradient_accumulation_steps: int = option(1, "Batches per optimizer step", ge=1, le=64)
+    num_new_tokens: int | None = option(
+        None, "Number of token embeddings of token_string. Empty: the model's default", ge=1, le=8
+    )
+    token_initializer: str | None = option(
+        None, "Word whose embedding the new ones start from. Empty: random ones"
+    )
+    pivot_fraction: float = option(
+        0.5, "Fraction of the steps that train the token embeddings, from the first on", ge=0, le=1
+    )
+    snr_gamma: float | None = option(
+        None,
+        "Min-SNR gamma of the loss; 0: equal weights. Empty: the model's default",
+        ge=0,
+        le=1000,
+    )
+    noise_offset: float = option(
+        0.0, "Strength of offset noise, for darker and brighter images", ge=0, le=1
+    )
+    caption_dropout: float | None = option(
+        None, "Fraction of captions to drop. Empty: the model's default", ge=0, le=0.99
+    )
+    mask_floor: float = option(0.1, "Lowest loss weight of a masked pixel", ge=0, le=1)
+    random_flip: bool = option(
+        False, "Mirror images half of the time. Not for faces, text or asymmetric things"
+    )
+    prior_preservation: Prior = option(
+        Prior.OFF, "Preserve class_prompt as the base model or class_images show it"
+    )
+    class_prompt: str = option(
+        "", "Class of the new concept for prior_preservation, such as 'a photo of a dog'"
+    )
+    class_images: Path | None = option(
+        None, "Archive of images of the class, for prior_preservation class_images"
+    )
+    prior_loss_weight: float = option(1.0, "Weight of the prior-preservation loss", ge=0, le=100)
+    compile_unet: bool = option(
+        False, "Compile the UNet first, which takes minutes; steps are then faster"
+    )
+    validation: bool = option(
+        True, "With 8 images or more, hold out one in 8 and report the loss on them"
+    )
+    preview_prompts: tuple[str, ...] = option(
+        (), "Prompts of the report's preview images, generated during training"
+    )
+    preview_steps: int | None = option(
+        None, "Generate previews every N steps. Empty: at the end only", ge=1, le=MAX_STEPS * 10
+    )
+    text_encoder_lr: float | None = option(
+        None,
+        "Learning rate of the text encoders' LoRA. Empty: the model's default",
+        ge=0,
+        le=10,
+    )
+    max_grad_norm: float = option(1.0, "Norm to clip gradients to", ge=1e-6, le=1e6)
+    gradient_checkpointing: bool | None = option(
+        None, "Recompute activations to save memory. Empty: only if the GPU needs it"
+    )
+
+    @classmethod
+    def from_inputs(cls, **values: object) -> "TrainConfig":
+        """Build the config from the arguments that Cog passes. Raises InvalidTraining."""
+        return from_inputs(cls, values, InvalidTraining)
 
 
 @dataclass(frozen=True)
-class LoraPlan:
-    """A LoRA's shape; it changes weights by `scaling` · up · down."""
+class TrainableSpec:
+    """A base model to train. Sides are in pixels."""
 
-    rank: int
-    alpha: float
-    use_rslora: bool
-    use_dora: bool
-    text_encoder: bool
-
-    @property
-    def scaling(self) -> float:
-        """alpha / rank (arXiv:2106.09685), or alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732)."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
-
-
-@dataclass(frozen=True)
-class TrainPlan:
-    """A config with every value settled; what `fit` carries out."""
-
-    seed: int
-    method: Method
-    resolution: int
-    train_batch_size: int
-    gradient_accumulation_steps: int
-    max_train_steps: int
-    pivot_step: int  # the word's vectors learn in the steps before it
-    unet_learning_rate: float
-    ti_lr: float
-    lora_lr: float
-    text_encoder_lr: float
-    lora: LoraPlan | None
-    optimizer: Optimizer
-    lr_scheduler: Schedule
-    lr_warmup_steps: int
-    max_grad_norm: float
-    token_string: str
-    n_tokens: int
-    token_initializer: str | None
-    snr_gamma: float
-    noise_offset: float
-    caption_dropout: float
-    mask_floor: float
-    random_flip: bool
-    prior: Prior
-    prior_loss_weight: float
-    class_prompt: str
-    gradient_checkpointing: bool | None
-    compile_unet: bool
-    checkpointing_steps: int | None
-    held_out: int  # examples
-    validation_steps: int | None
-    preview_prompts: tuple[str, ...]
-    preview_steps: int | None
-    lora_format: LoraFormat
-    exchange_files: bool
-    verbose: bool
+    name: str
+    weights: str  # catalog entry: a folder in the hub's layout
+    vae_weights: str | None  # catalog entry of a VAE that replaces the one in `weights`
+    base_model_version: str  # in kohya's metadata
+    min_side: int
+    max_side: int
+    recipes: dict[Method, TrainConfig]  # what an empty value means; learning rates are AdamW's
 
     @property
-    def placeholder_tokens(self) -> tuple[str, ...]:
-        """<s0>, <s1> …: cog-sdxl's names."""
-        return tuple(f"<s{i}>" for i in range(self.n_tokens))
-
-    @property
-    def trigger_words(self) -> dict[str, str]:
-        """The word → its placeholder tokens."""
-        return {self.token_string: "".join(self.placeholder_tokens)}
+    def native_size(self) -> int:
+        """The side of the square that the model was trained at."""
+        size = self.recipes[Method.LORA].resolution
+        assert size is not None
+        return size
 
 
-def resolve(config: TrainConfig, spec: TrainableSpec, n_examples: int) -> TrainPlan:
-    """Check every rule and settle every value. Raises InvalidTraining."""
-    _check_ranges(config, spec)
-    _check_words(config)
-    _check_method(config)
-    if n_examples < 1:
-        raise InvalidTraining("there is no example to learn from; give at least one picture")
-    recipe = spec.recipes[config.method]
-    held_out = min(n_examples // HELD_OUT_FROM, MAX_HELD_OUT) if config.validation else 0
-    batch = _or(config.train_batch_size, spec.train_batch_size)
-    per_step = batch * config.gradient_accumulation_steps
-    steps = _steps(config, recipe.max_train_steps, n_examples - held_out, per_step)
-    warmup = _or(config.lr_warmup_steps, min(recipe.lr_warmup_steps, steps // 10))
-    if warmup >= steps:
-        raise InvalidTraining(
-            f"lr_warmup_steps is {warmup}, and there are {steps} steps; it has to be less"
-        )
-    rate = _rates(config, spec, recipe.ti_lr)
-    return TrainPlan(
-        seed=secrets.randbelow(SEEDS) if config.seed is None else config.seed,
-        method=config.method,
-        resolution=_or(config.resolution, spec.native_size),
-        train_batch_size=batch,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        max_train_steps=steps,
-        pivot_step=_pivot_step(config, steps),
-        unet_learning_rate=rate["unet_learning_rate"],
-        ti_lr=rate["ti_lr"],
-        lora_lr=rate["lora_lr"],
-        text_encoder_lr=rate["text_encoder_lr"],
-        lora=_lora(config, spec) if config.method is Method.LORA else None,
-        optimizer=config.optimizer,
-        lr_scheduler=_or(config.lr_scheduler, recipe.lr_scheduler),
-        lr_warmup_steps=warmup,
-        max_grad_norm=config.max_grad_norm,
-        token_string=config.token_string,
-        n_tokens=_or(config.n_tokens, spec.n_tokens),
-        token_initializer=config.token_initializer,
-        snr_gamma=_or(config.snr_gamma, spec.snr_gamma),
-        noise_offset=config.noise_offset,
-        caption_dropout=_or(config.caption_dropout, spec.caption_dropout),
-        mask_floor=config.mask_floor,
-        random_flip=config.random_flip,
-        prior=config.prior_preservation,
-        prior_loss_weight=config.prior_loss_weight,
-        class_prompt=config.class_prompt,
-        gradient_checkpointing=config.gradient_checkpointing,
-        compile_unet=config.compile_unet,
-        checkpointing_steps=config.checkpointing_steps,
-        held_out=held_out,
-        validation_steps=max(1, steps // STEPS_PER_CHECK) if held_out else None,
-        preview_prompts=config.preview_prompts,
-        preview_steps=config.preview_steps,
-        lora_format=config.lora_format,
-        exchange_files=config.exchange_files,
-        verbose=config.verbose,
-    )
+# replicate/cog-sdxl, train.py, but for the resolution, which it never used
+_SDXL_RECIPE = TrainConfig(
+    input_images=Path(),
+    resolution=1024,
+    train_batch_size=4,
+    max_train_steps=1000,
+    unet_learning_rate=1e-6,
+    ti_lr=3e-4,
+    lora_lr=1e-4,
+    text_encoder_lr=1e-5,  # kohya-ss/sd-scripts, docs/train_SDXL-en.md
+    lora_rank=32,
+    lr_scheduler=Schedule.CONSTANT,
+    lr_warmup_steps=100,
+    num_new_tokens=2,
+    snr_gamma=5.0,
+    caption_dropout=0.05,
+)
+# More steps or higher rates draw the new shape no better and the others worse (docs/log.md).
+_MINIATURE_RECIPE = TrainConfig(
+    input_images=Path(),
+    resolution=128,
+    train_batch_size=8,
+    max_train_steps=150,
+    unet_learning_rate=2e-5,
+    ti_lr=1e-2,
+    lora_lr=3e-4,
+    text_encoder_lr=5e-4,
+    lora_rank=8,
+    lr_scheduler=Schedule.COSINE,
+    lr_warmup_steps=15,
+    num_new_tokens=2,
+    # Its noise schedule leaves an SNR of 0.1 at t = 500: min-SNR would pass over the noise levels
+    # that decide on shapes. It was trained with equal weights too.
+    snr_gamma=0.0,
+    caption_dropout=0.1,
+)
 
-
-def _or(value: T | None, default: T) -> T:
-    return default if value is None else value
-
-
-def _steps(config: TrainConfig, default: int, n_examples: int, per_step: int) -> int:
-    """Optimizer steps: as many as asked for, or as the epochs take, or the model's own."""
-    if config.max_train_steps is not None:
-        return config.max_train_steps
-    if config.num_train_epochs is not None:
-        return math.ceil(config.num_train_epochs * n_examples / per_step)
-    return default
-
-
-def _pivot_step(config: TrainConfig, steps: int) -> int:
-    """At least one step, however few there are: a word that never learns is not wanted."""
-    if config.method is Method.TEXTUAL_INVERSION:
-        return steps
-    return max(1, round(config.pivot_fraction * steps)) if config.pivot_fraction else 0
-
-
-def _rates(config: TrainConfig, spec: TrainableSpec, ti_lr: float) -> dict[str, float]:
-    own = {
-        "unet_learning_rate": spec.unet_learning_rate,
-        "ti_lr": ti_lr,
-        "lora_lr": spec.lora_lr,
-        "text_encoder_lr": spec.text_encoder_lr,
-    }
-    if config.optimizer is Optimizer.PRODIGY:  # it finds the rate, and 1 leaves it as found
-        own = dict.fromkeys(own, 1.0)
-    return {name: _or(getattr(config, name), rate) for name, rate in own.items()}
-
-
-def _lora(config: TrainConfig, spec: TrainableSpec) -> LoraPlan:
-    rank = _or(config.lora_rank, spec.lora_rank)
-    return LoraPlan(
-        rank=rank,
-        alpha=float(_or(config.lora_alpha, rank)),
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        text_encoder=config.train_text_encoder,
-    )
-
-
-def _check_ranges(config: TrainConfig, spec: TrainableSpec) -> None:
-    ranges: tuple[tuple[str, float, float], ...] = (
-        ("seed", 0, SEEDS - 1),
-        ("resolution", spec.min_side, spec.max_side),
-        ("train_batch_size", 1, MAX_BATCH),
-        ("gradient_accumulation_steps", 1, MAX_BATCH),
-        ("num_train_epochs", 1, MAX_STEPS),
-        ("max_train_steps", 1, MAX_STEPS),
-        ("unet_learning_rate", 0, 10),
-        ("ti_lr", 0, 10),
-        ("lora_lr", 0, 10),
-        ("text_encoder_lr", 0, 10),
-        ("lora_rank", 1, MAX_RANK),
-        ("lora_alpha", 1e-3, 10 * MAX_RANK),
-        ("lr_warmup_steps", 0, MAX_STEPS),
-        ("max_grad_norm", 1e-6, 1e6),
-        ("n_tokens", 1, MAX_TOKENS),
-        ("pivot_fraction", 0, 1),
-        ("snr_gamma", 0, 1000),
-        ("noise_offset", 0, 1),
-        ("caption_dropout", 0, 0.99),
-        ("mask_floor", 0, 1),
-        ("prior_loss_weight", 0, 100),
-        ("checkpointing_steps", 1, MAX_STEPS * 10),
-        ("preview_steps", 1, MAX_STEPS * 10),
-    )
-    for name, low, high in ranges:
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:  # not so for NaN either
-            raise InvalidTraining(f"{name} is {value}; it has to be from {low} to {high}")
-    if config.resolution is not None and config.resolution % SIDE_MULTIPLE:
-        nearest = round(config.resolution / SIDE_MULTIPLE) * SIDE_MULTIPLE
-        raise InvalidTraining(
-            f"resolution is {config.resolution}; it has to be a multiple of {SIDE_MULTIPLE}, such"
-            f" as {nearest}"
-        )
-    if config.num_train_epochs is not None and config.max_train_steps is not None:
-        raise InvalidTraining(
-            f"num_train_epochs is {config.num_train_epochs} and max_train_steps"
-            f" {config.max_train_steps}: both say how long to train; leave one of them empty"
-        )
-
-
-def _check_words(config: TrainConfig) -> None:
-    token = config.token_string
-    if not re.fullmatch(r"\w[^\s,:/\\]{0,99}", token) or not token.isprintable():
-        raise InvalidTraining(
-            f"token_string is {token!r}; it has to be one word of up to 100 letters, digits and"
-            " signs other than comma, colon and slashes, beginning with a letter or digit, as TOK"
-        )
-    if re.search(r"<s\d+>", token):
-        raise InvalidTraining(
-            f"token_string is {token!r}: <s0>, <s1> … are the names of its vectors; take a word"
-        )
-    for name in ("class_prompt", "token_initializer"):
-        text = getattr(config, name) or ""
-        if len(text) > MAX_PROMPT_CHARACTERS:
-            raise InvalidTraining(
-                f"{name} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are allowed"
-            )
-    if config.preview_steps is not None and not config.preview_prompts:
-        raise InvalidTraining(
-            f"preview_steps is {config.preview_steps}, but there is nothing to draw; give"
-            " preview_prompts"
-        )
-
-
-def _check_method(config: TrainConfig) -> None:
-    lora_only = {
-        "lora_rank": config.lora_rank is not None,
-        "lora_alpha": config.lora_alpha is not None,
-        "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
-        "train_text_encoder": config.train_text_encoder,
-    }
-    wrong = [name for name, given in lora_only.items() if given]
-    if config.method is not Method.LORA and wrong:
-        raise InvalidTraining(
-            f"{wrong[0]} is set, and method is {config.method}, which trains no LoRA; leave it"
-            " out, or use method lora"
-        )
-    extra = "use_dora" if config.use_dora else "train_text_encoder"
-    if getattr(config, extra) and config.lora_format is LoraFormat.COG_SDXL:
-        raise InvalidTraining(
-            f"{extra} is set, and cog-sdxl's format has no place for it; set lora_format to kohya"
-        )
-    if config.optimizer is Optimizer.ADAFACTOR and config.method is not Method.FULL:
-        raise InvalidTraining(
-            "optimizer is adafactor, which saves memory where the whole UNet learns; with method"
-            f" {config.method} use adamw"
-        )
-    for name in ("unet_learning_rate", "ti_lr", "lora_lr", "text_encoder_lr"):
-        rate = getattr(config, name)
-        if rate is not None and config.optimizer is Optimizer.PRODIGY and not 0.1 <= rate <= 10:
-            raise InvalidTraining(
-                f"{name} is {rate}; prodigy finds the rate by itself and takes a factor from 0.1 to"
-                " 10: leave it empty"
-            )
-    if config.method is Method.TEXTUAL_INVERSION and config.ti_lr == 0:
-        raise InvalidTraining("ti_lr is 0, and method textual_inversion trains nothing else")
-    _check_prior(config)
-
-
-def check_class_images(given: bool, prior: Prior) -> None:
-    """Class images and their kind of prior belong together. Raises InvalidTraining."""
-    if given and prior is not Prior.CLASS_IMAGES:
-        raise InvalidTraining(
-            f"class_images is set and prior_preservation is {prior}, which has no use for them; set"
-            f" it to {Prior.CLASS_IMAGES}, or leave them out"
-        )
-    if not given and prior is Prior.CLASS_IMAGES:
-        raise InvalidTraining(
-            f"prior_preservation is {prior} and class_images is empty; send an archive of pictures"
-            f" of the class, or set it to {Prior.TEACHER}, which needs none"
-        )
-
-
-def _check_prior(config: TrainConfig) -> None:
-    prior = config.prior_preservation
-    if prior is Prior.OFF:
-        if config.class_prompt:
-            raise InvalidTraining(
-                f"class_prompt is {config.class_prompt!r} and has no use without"
-                f" prior_preservation; set that to {Prior.TEACHER} or {Prior.CLASS_IMAGES}"
-            )
-        return
-    if config.method is Method.TEXTUAL_INVERSION:
-        raise InvalidTraining(
-            f"prior_preservation is {prior}, and method textual_inversion changes nothing that the"
-            " model knows; leave it off"
-        )
-    if not config.class_prompt.strip():
-        raise InvalidTraining(
-            f"prior_preservation is {prior} and class_prompt empty; say what the concept is one of,"
-            " such as 'a dog'"
-        )
-    if re.search(rf"(?<!\w){re.escape(config.token_string)}(?!\w)", config.class_prompt):
-        raise InvalidTraining(
-            f"class_prompt {config.class_prompt!r} has the new word {config.token_string!r} in it;"
-            " it is to say what the concept is one of, in words that the model knows"
-        )
+TRAINABLE_MODELS: dict[Edition, TrainableSpec] = {
+    Edition.FULL: TrainableSpec(
+        name="sdxl",
+        weights="sdxl-base",
+        vae_weights="sdxl-vae-fp16-fix",
+        base_model_version="sdxl_base_v1-0",
+        min_side=256,
+        max_side=2048,
+        recipes={
+            Method.LORA: _SDXL_RECIPE,
+            Method.FULL: _SDXL_RECIPE,
+            # diffusers, textual_inversion_sdxl.py
+            Method.TEXTUAL_INVERSION: replace(_SDXL_RECIPE, ti_lr=5e-4, lr_warmup_steps=0),
+        },
+    ),
+    Edition.MINIATURE: TrainableSpec(
+        name="sdxl",
+        weights="sdxl-base",
+        vae_weights=None,
+        base_model_version="miniature",
+        min_side=64,
+        max_side=256,
+        recipes={
+            Method.LORA: _MINIATURE_RECIPE,
+            Method.FULL: _MINIATURE_RECIPE,
+            Method.TEXTUAL_INVERSION: replace(
+                _MINIATURE_RECIPE, max_train_steps=200, lr_warmup_steps=20
+            ),
+        },
+    ),
+}

@@ -1,4 +1,4 @@
-"""Forward and backward passes recorded as CUDA graphs: one launch in place of thousands."""
+"""Forward and backward passes as CUDA graphs: one launch instead of thousands."""
 
 from __future__ import annotations
 
@@ -9,42 +9,40 @@ import torch
 from torch import Tensor, nn
 
 Outputs = tuple[Tensor, ...]
-Pass = Callable[..., Outputs]  # of tensors alone
+ForwardPass = Callable[..., Outputs]  # of tensors alone
 
 
-class Graphed:
-    """A pass that is recorded at its first call with inputs of each shape, and then replayed.
+class GraphedCallable:
+    """Captures a forward pass and its backward pass at the first call of each shape, then replays.
 
-    A pass that nothing learns from is not recorded. What a replay gives lies where the next one
-    writes, so each forward pass must be followed by its backward pass, and each gradient be used,
-    before the next forward pass.
+    Passes without gradients run eagerly. A replay's outputs are overwritten by the next one: each
+    forward pass must be followed by its backward pass, and its gradients used, before the next.
     """
 
-    def __init__(self, function: Pass, parameters: Sequence[nn.Parameter]) -> None:
-        """`function` learns through `parameters`, or some of them, and through its inputs."""
+    def __init__(self, function: ForwardPass, parameters: Sequence[nn.Parameter]) -> None:
+        """Gradients reach `parameters`, some of which may be frozen, and inputs that need them."""
         self._function = function
         self._parameters = parameters
-        self._recordings: dict[object, Any] = {}
-        # Recordings may use one another's memory, as they never run at the same time.
-        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[object, Any] = {}
+        self._pool = torch.cuda.graph_pool_handle()  # shared, as graphs never run concurrently
 
     def __call__(self, *inputs: Tensor) -> Outputs:
-        """What the function gives, by a replay where something learns from it."""
-        learns = tuple(p.requires_grad for p in self._parameters)
-        matters = any(learns) or any(i.requires_grad for i in inputs)
-        if not torch.is_grad_enabled() or not matters:
+        """Return the function's outputs."""
+        trained = tuple(p.requires_grad for p in self._parameters)
+        needs_gradient = any(trained) or any(i.requires_grad for i in inputs)
+        if not torch.is_grad_enabled() or not needs_gradient:
             return self._function(*inputs)
-        key = (learns, *((i.shape, i.dtype, i.requires_grad) for i in inputs))
-        if key not in self._recordings:
-            self._recordings[key] = self._record(inputs)
-        outputs: Outputs = self._recordings[key](*inputs)
+        key = (trained, *((i.shape, i.dtype, i.requires_grad) for i in inputs))
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(inputs)
+        outputs: Outputs = self._graphs[key](*inputs)
         return outputs
 
-    def _record(self, inputs: Sequence[Tensor]) -> Any:  # noqa: ANN401
-        learning = [p for p in self._parameters if p.requires_grad]
+    def _capture(self, inputs: Sequence[Tensor]) -> Any:  # noqa: ANN401
+        trained = [p for p in self._parameters if p.requires_grad]
         samples = tuple(i.detach().clone().requires_grad_(i.requires_grad) for i in inputs)
-        torch.cuda.empty_cache()  # a recording cannot use what is kept for other passes
-        # Casts belong into the recording: what they are made of changes from step to step.
+        torch.cuda.empty_cache()  # a graph cannot use what is cached for other passes
+        # The graph has to contain its casts: the weights that are cast change at every step.
         with torch.autocast(
             "cuda",
             dtype=torch.get_autocast_dtype("cuda"),
@@ -52,25 +50,25 @@ class Graphed:
             cache_enabled=False,
         ):
             return torch.cuda.make_graphed_callables(
-                _Module(self._function, learning),
+                _Module(self._function, trained),
                 samples,
                 allow_unused_input=True,
                 pool=self._pool,
             )
 
     def close(self) -> None:
-        """Give the memory back."""
-        self._recordings.clear()
+        """Free the graphs' memory."""
+        self._graphs.clear()
 
 
 class _Module(nn.Module):
-    """The form in which PyTorch takes a pass: only its parameters are given gradients."""
+    """A forward pass as `make_graphed_callables` takes it: gradients for its parameters alone."""
 
-    def __init__(self, function: Pass, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, function: ForwardPass, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__()
         self._function = function
-        self.parameters_ = nn.ParameterList(parameters)
+        self.trained = nn.ParameterList(parameters)
 
     def forward(self, *inputs: Tensor) -> Outputs:
-        """The function's."""
+        """Return the function's outputs."""
         return self._function(*inputs)

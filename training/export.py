@@ -8,15 +8,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from training.base_models import Method
-from training.config import LoraFormat, TrainPlan
+from training.config import LoraFormat, Method
 from training.errors import DiskFull
 from training.loop import Trained
 from training.model import TrainableModel
-from weights import trained_export
-from weights.trained import POOLING_HEADER_KEY
-from weights.trained_types import ModelShapes
-from weights.unpack import disk_full_is
+from training.plan import TrainPlan
+from weights.formats import write as trained_export
+from weights.formats.read import POOLING_HEADER_KEY
+from weights.formats.types import ModelShapes
+from weights.messages import disk_full_raises
 
 ARCHIVE = "trained_model.tar"  # replicate/cog-sdxl's name
 EXCHANGE = "exchange.zip"
@@ -43,7 +43,7 @@ def write(
 
     `report` is an HTML page that travels in the archive. Raises DiskFull; nothing is left then.
     """
-    with disk_full_is(lambda: _disk_full(folder)):
+    with disk_full_raises(lambda: _disk_full(folder)):
         return _write(trained, model, n_images, folder, report)
 
 
@@ -55,7 +55,7 @@ def bundle(files: ExportedFiles, folder: Path) -> Path | None:
     if not files.exchange:
         return None
     path = folder / EXCHANGE
-    with disk_full_is(lambda: _disk_full(folder)), zipfile.ZipFile(path, "w") as zipped:
+    with disk_full_raises(lambda: _disk_full(folder)), zipfile.ZipFile(path, "w") as zipped:
         for file in files.exchange:
             zipped.write(file, file.name)
     return path
@@ -76,7 +76,7 @@ def _write(
     report: str | None,
 ) -> ExportedFiles:
     folder.mkdir(parents=True, exist_ok=True)
-    shapes = ModelShapes.of(model.modules())
+    shapes = ModelShapes.of(model.components.adaptable())
     weights, plan = trained.weights, trained.plan
     header = {POOLING_HEADER_KEY: str(weights.pooling)}
     lora_header = header | _lora_header(trained, model, n_images)
@@ -142,17 +142,16 @@ def _write_kohya(path: Path, tensors: dict[str, Tensor], header: dict[str, str])
 def _lora_header(trained: Trained, model: TrainableModel, n_images: int) -> dict[str, str]:
     """What kohya's files say of their training; A1111 asks for ss_base_model_version."""
     plan = trained.plan
-    lora = plan.lora
     values: dict[str, object] = {
         "ss_v2": False,
         "ss_base_model_version": model.spec.base_model_version,
         "ss_sd_model_name": model.spec.name,
         "ss_network_module": "networks.lora",
-        "ss_network_dim": lora.rank if lora else 1,
-        "ss_network_alpha": lora.alpha if lora else 1,
+        "ss_network_dim": plan.lora_rank if plan.is_lora else 1,
+        "ss_network_alpha": plan.lora_alpha if plan.is_lora else 1,
         "ss_output_name": plan.token_string,
         "ss_unet_lr": plan.lora_lr,
-        "ss_text_encoder_lr": plan.text_encoder_lr if lora and lora.text_encoder else None,
+        "ss_text_encoder_lr": plan.text_encoder_lr if plan.train_text_encoder else None,
         "ss_learning_rate": plan.lora_lr,
         "ss_steps": plan.max_train_steps,
         "ss_num_train_images": n_images,
@@ -168,7 +167,7 @@ def _lora_header(trained: Trained, model: TrainableModel, n_images: int) -> dict
         "ss_prior_loss_weight": plan.prior_loss_weight,
     }
     arguments: dict[str, object] = {}
-    if lora and lora.use_dora:
+    if plan.use_dora:
         arguments["use_dora"] = True
     texts = {key: str(value) for key, value in values.items()}
     texts["ss_network_args"] = json.dumps(arguments)

@@ -1,50 +1,53 @@
-"""One training, from ready examples to trained weights."""
+"""The training loop: from examples to trained weights."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
-from training import checkpoints, dataset, optimizers
-from training.config import Prior, TrainConfig, TrainPlan, check_class_images, resolve
-from training.dataset import Batch, Example, Latents
+from training import checkpoints, dataset
+from training.checkpoints import TrainingState
+from training.config import Prior, TrainConfig
+from training.dataset import Batch, BatchSlots, BucketBatchSampler, CachedExample, Example
 from training.errors import Diverged, InvalidTraining
-from training.learner import Learner, prepared
-from training.model import TrainableModel, uncompiled
+from training.model import TrainableModel, without_compiling
+from training.optimizers import build_lr_scheduler, build_optimizer
+from training.plan import TrainPlan, check_class_images, resolve
+from training.previews import GeneratePreviews, generate_previews
 from training.progress import (
-    Bar,
     CheckpointSaved,
     Event,
     HeldOutLoss,
     History,
     OnEvent,
     Previews,
+    ProgressBar,
     Started,
     StepDone,
-    WordFrozen,
+    TokensFrozen,
 )
-from weights.trained_types import TrainedWeights
+from training.trainables import Trainables, attach_trainables
+from weights.formats.types import TrainedWeights
 from weights.trigger_words import replace_trigger_words
 
 HELD_OUT_NOISES = 8  # for each held-out example, over all noise levels
 CHECKPOINTS = "checkpoints"  # in the work folder
 
-# The live model's parts by component name, prompts as the text encoders read them, and seeds.
-Paint = Callable[[Mapping[str, object], Sequence[str], Sequence[int]], list[Image.Image]]
-
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training has made, before it is written in anyone's format."""
+    """The result of a training, in no file format yet."""
 
     weights: TrainedWeights
     plan: TrainPlan
@@ -53,11 +56,9 @@ class Trained:
 
 @dataclass(frozen=True)
 class _Data:
-    """All examples as latents."""
-
-    examples: list[Latents]
-    held_out: list[Latents]
-    class_images: list[Latents]
+    examples: list[CachedExample]
+    held_out: list[CachedExample]
+    class_images: list[CachedExample]
 
 
 def fit(
@@ -67,16 +68,20 @@ def fit(
     model: TrainableModel,
     workdir: Path,
     on_event: OnEvent,
-    paint: Paint | None,
+    generate: GeneratePreviews = generate_previews,
 ) -> Trained:
-    """Train; goes on from a checkpoint in `workdir` if there is one.
+    """Train, resuming from a checkpoint in `workdir` if there is one.
 
-    Every process of several calls this with the same arguments; only the first one tells events
-    and writes. `class_images` are for prior_preservation class_images alone. With method full the
-    model stays changed. Raises TrainingError.
+    All processes of a distributed training call this with the same arguments; only the first one
+    calls `on_event` and writes. `class_images` are for prior_preservation class_images alone.
+    Method full changes the model's UNet. Raises a TrainingError.
     """
     plan = resolve(config, model.spec, len(examples))
-    _check(examples, class_images, plan, paint)
+    dataset.check_examples(examples, "example")
+    dataset.check_examples(class_images, "class image")
+    kept, held_out = dataset.split(examples, plan)
+    dataset.check_captions(kept, plan)
+    check_class_images(bool(class_images), plan.prior_preservation)
     accelerator = Accelerator(
         cpu=model.device.type == "cpu",
         mixed_precision="bf16" if model.device.type == "cuda" else "no",
@@ -86,230 +91,198 @@ def fit(
             f"train_batch_size is {plan.train_batch_size}, to be shared by"
             f" {accelerator.num_processes} processes; make it a multiple of them"
         )
-    data = _encode(model, plan, examples, class_images)
-    with prepared(model, plan) as learner, closing(Bar()) as bar:
-        history = History()
+    vae = model.components.vae
+    captioned = [replace(e, caption=e.caption or plan.class_prompt) for e in class_images]
+    data = _Data(
+        dataset.encode(vae, kept, plan.random_flip),
+        dataset.encode(vae, held_out, False),
+        dataset.encode(vae, captioned, plan.random_flip),
+    )
+    with attach_trainables(model, plan) as trainables, closing(ProgressBar()) as bar:
 
-        def tell(event: Event) -> None:
-            history.record(event)
+        def report(event: Event) -> None:
             if accelerator.is_main_process:
                 if plan.verbose:
                     bar(event)
                 on_event(event)
 
-        _Training(accelerator, learner, data, workdir / CHECKPOINTS, history, tell, paint).run()
-        return Trained(learner.result(), plan, history)
-
-
-def _check(
-    examples: Sequence[Example],
-    class_images: Sequence[Example],
-    plan: TrainPlan,
-    paint: Paint | None,
-) -> None:
-    dataset.check_examples(examples, "example")
-    dataset.check_examples(class_images, "class image")
-    dataset.check_captions(dataset.split(examples, plan)[0], plan)
-    check_class_images(bool(class_images), plan.prior)
-    if plan.preview_prompts and paint is None:
-        raise InvalidTraining("there are preview_prompts, but nothing that draws them; leave out")
-
-
-def _encode(
-    model: TrainableModel,
-    plan: TrainPlan,
-    examples: Sequence[Example],
-    class_images: Sequence[Example],
-) -> _Data:
-    kept, held_out = dataset.split(examples, plan)
-    described = [replace(e, caption=e.caption or plan.class_prompt) for e in class_images]
-    return _Data(
-        dataset.encode(model.vae, kept, plan.random_flip),
-        dataset.encode(model.vae, held_out, False),
-        dataset.encode(model.vae, described, plan.random_flip),
-    )
+        training = _Training(accelerator, trainables, data, workdir / CHECKPOINTS, report, generate)
+        history = training.run()
+        return Trained(trainables.result(), plan, history)
 
 
 @dataclass(frozen=True)
 class _Training:
-    """The loop, and what stays the same over its steps."""
+    """The loop, and what is the same in all of its steps."""
 
     accelerator: Accelerator
-    learner: Learner
+    trainables: Trainables
     data: _Data
     checkpoints: Path
-    history: History
-    tell: OnEvent
-    paint: Paint | None
+    report: OnEvent
+    generate: GeneratePreviews
 
-    def run(self) -> None:
-        """Exactly max_train_steps optimizer steps, less those that a checkpoint has done."""
-        plan, groups = self.learner.plan, self.learner.groups
-        device = self.learner.model.device
-        movers = [optimizers.build(plan.optimizer, group, device) for group in groups]
-        training = checkpoints.fingerprint(plan, self.data.examples)
-        resumed = checkpoints.resume(self.checkpoints, groups, movers, training)
-        first = resumed.step if resumed else 0
-        if resumed:
-            self.history.replace_by(resumed.history)
-        self.tell(Started(plan, len(self.data.examples), first))
-        batches = self._skip(self._orders(self.data.examples), first)
-        priors = self._skip(self._orders(self.data.class_images), first)
+    def run(self) -> History:
+        """Run exactly max_train_steps optimizer steps, less those of a checkpoint."""
+        plan, groups = self.trainables.plan, self.trainables.groups
+        device = self.trainables.model.device
+        optimizers = [build_optimizer(plan.optimizer, group, device) for group in groups]
+        state = TrainingState(groups, optimizers, checkpoints.fingerprint(plan, self.data.examples))
+        first, history = checkpoints.resume(self.checkpoints, state)
+        lr_schedulers = [
+            build_lr_scheduler(plan, group.learning_rate, optimizer, first)
+            for group, optimizer in zip(groups, optimizers, strict=True)
+        ]
+
+        def report(event: Event) -> None:
+            history.record(event)
+            self.report(event)
+
+        report(Started(plan, len(self.data.examples), first))
+        batches = islice(self._batches(self.data.examples), first, None)
+        prior_batches = islice(self._batches(self.data.class_images), first, None)
         began = time.monotonic()
         for step in range(first, plan.max_train_steps):
-            self._freeze(step)
-            losses = self._accumulate(step, next(batches), next(priors))
-            rates = self._move(step, movers)
-            loss, prior = self._fetch(step, losses)
+            if step == plan.pivot_step:
+                report(TokensFrozen(step))
+            self._freeze_parameters(step)
+            losses = self._backward(step, next(batches), next(prior_batches))
+            rates = self._optimizer_step(step, lr_schedulers)
+            loss, prior_loss = self._losses_to_host(step, losses)
             seconds = (time.monotonic() - began) / (step + 1 - first)
-            left = seconds * (plan.max_train_steps - step - 1)
-            self.tell(StepDone(step + 1, loss, prior, rates, seconds, left))
-            self._look(step + 1)
+            report(StepDone(step + 1, loss, prior_loss, rates, seconds))
+            for event in self._validate_and_preview(step + 1):
+                report(event)
             if plan.checkpointing_steps and (step + 1) % plan.checkpointing_steps == 0:
-                self._save(step + 1, movers, training)
+                if self.accelerator.is_main_process:
+                    folder = checkpoints.save(self.checkpoints, step + 1, state, history)
+                    report(CheckpointSaved(step + 1, folder))
+                self.accelerator.wait_for_everyone()
+        return history
 
-    def _orders(self, data: list[Latents]) -> Iterator[list[list[int]]]:
-        """For each step, its batches' examples."""
-        plan = self.learner.plan
-        if not data:
-            while True:
-                yield []
-        order = dataset.Order([item.size for item in data], plan.train_batch_size, plan.seed)
-        batches = order.batches()
+    def _batches(self, data: list[CachedExample]) -> Iterator[list[list[int]]]:
+        """Yield the indices of each step's batches; no batches without data."""
+        plan = self.trainables.plan
+        sizes = [item.size for item in data]
+        batches = iter(BucketBatchSampler(sizes, plan.train_batch_size, plan.seed))
         while True:
-            yield [next(batches) for _ in range(plan.gradient_accumulation_steps)]
+            yield list(islice(batches, plan.gradient_accumulation_steps)) if data else []
 
-    def _skip(self, orders: Iterator[list[list[int]]], count: int) -> Iterator[list[list[int]]]:
-        for _ in range(count):
-            next(orders)
-        return orders
-
-    def _freeze(self, step: int) -> None:
-        """Stop what has learnt enough; what captions mean is then computed once."""
-        encoders_learn = False
-        for group in self.learner.groups:
-            learns = step < group.until
-            encoders_learn |= learns and group.name in ("word", "text_encoders")
+    def _freeze_parameters(self, step: int) -> None:
+        """Freeze the groups that have ended; captions are encoded once when no encoder learns."""
+        for group in self.trainables.groups:
             for parameter in group.parameters.values():
-                parameter.requires_grad_(learns)
-        if step == self.learner.plan.pivot_step:
-            self.tell(WordFrozen(step))
-        if not encoders_learn:
-            self.learner.reader.remember()
+                parameter.requires_grad_(step < group.end)
+        encoders = [g for g in self.trainables.groups if g.name in ("tokens", "text_encoders")]
+        if all(step >= group.end for group in encoders):
+            self.trainables.captions.freeze()
 
-    def _accumulate(self, step: int, batches: list[list[int]], priors: list[list[int]]) -> Tensor:
-        """Gradients of one step, the mean over its batches; the loss and the prior's, (2,)."""
-        plan, learner = self.learner.plan, self.learner
-        total = torch.zeros(2, device=learner.model.device)
+    def _backward(
+        self, step: int, batches: list[list[int]], prior_batches: list[list[int]]
+    ) -> Tensor:
+        """Add up the gradients of a step's batches; return its mean loss and prior loss (2,)."""
+        plan, trainables = self.trainables.plan, self.trainables
+        total = torch.zeros(2, device=trainables.model.device)
         for k, indices in enumerate(batches):
-            batch = self._draw(self.data.examples, indices, dataset.TRAINING, step, k)
+            batch = self._sample(self.data.examples, indices, dataset.TRAINING, step, k)
             with self.accelerator.autocast():
-                loss = own = learner.loss(batch)
-                if plan.prior is not Prior.OFF:
-                    if plan.prior is Prior.TEACHER:
-                        prior = learner.teacher_loss(batch)
+                loss = denoising_loss = trainables.loss(batch)
+                if plan.prior_preservation is not Prior.OFF:
+                    if plan.prior_preservation is Prior.TEACHER:
+                        prior_loss = trainables.teacher_loss(batch)
                     else:
-                        kind = dataset.CLASS_IMAGES
-                        seen = self._draw(self.data.class_images, priors[k], kind, step, k)
-                        prior = learner.loss(seen)
-                    loss = own + plan.prior_loss_weight * prior
-                    total[1] += prior.detach() / len(batches)
-            total[0] += own.detach() / len(batches)
+                        prior_loss = trainables.loss(
+                            self._sample(
+                                self.data.class_images,
+                                prior_batches[k],
+                                dataset.CLASS_IMAGES,
+                                step,
+                                k,
+                            )
+                        )
+                    loss = denoising_loss + plan.prior_loss_weight * prior_loss
+                    total[1] += prior_loss.detach() / len(batches)
+            total[0] += denoising_loss.detach() / len(batches)
             self.accelerator.backward(loss / len(batches))
         return total
 
-    def _fetch(self, step: int, losses: Tensor) -> tuple[float, float | None]:
-        """The step's losses as numbers. A GPU is waited for here, with all of its step queued."""
-        plan = self.learner.plan
-        own_mean, prior_mean = self.accelerator.reduce(losses, "mean").tolist()
-        if not math.isfinite(own_mean + prior_mean):
-            raise Diverged(
-                f"the loss became {own_mean} in step {step + 1}; lower the learning rates, or use"
-                " more warm-up steps"
-            )
-        return own_mean, None if plan.prior is Prior.OFF else prior_mean
-
-    def _draw(
-        self, data: list[Latents], indices: list[int], kind: int, step: int, number: int
+    def _sample(
+        self, data: list[CachedExample], indices: list[int], kind: int, step: int, number: int
     ) -> Batch:
-        """This process's part of a step's batch `number`."""
-        plan, share = self.learner.plan, len(indices) // self.accelerator.num_processes
+        """Sample this process's share of a step's batch `number`."""
+        plan, model = self.trainables.plan, self.trainables.model
+        share = len(indices) // self.accelerator.num_processes
         start = self.accelerator.process_index * share
         items = [data[i] for i in indices[start : start + share]]
         first = number * len(indices) + start
-        n_places = len(indices) * plan.gradient_accumulation_steps
-        places = range(first, first + share)
-        return dataset.draw(items, kind, step, places, n_places, plan, self.learner.model.noise)
+        total = len(indices) * plan.gradient_accumulation_steps
+        slots = BatchSlots(kind, step, range(first, first + share), total)
+        return dataset.sample_batch(items, slots, plan, model.latent_scale, model.n_timesteps)
 
-    def _move(self, step: int, movers: list[torch.optim.Optimizer]) -> dict[str, float]:
-        """One optimizer step of each group that learns; the rates they had."""
-        plan = self.learner.plan
+    def _optimizer_step(self, step: int, lr_schedulers: list[LambdaLR]) -> dict[str, float]:
+        """Update each group that is trained; return the learning rates used."""
+        plan = self.trainables.plan
         rates = {}
-        for group, mover in zip(self.learner.groups, movers, strict=True):
-            if step >= group.until:
+        for group, lr_scheduler in zip(self.trainables.groups, lr_schedulers, strict=True):
+            if step >= group.end:
                 continue
             parameters = list(group.parameters.values())
             if self.accelerator.num_processes > 1:
                 for parameter in parameters:
                     parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
             torch.nn.utils.clip_grad_norm_(parameters, plan.max_grad_norm)
-            rates[group.name] = group.learning_rate * optimizers.rate_factor(plan, step)
-            for own in mover.param_groups:
-                own["lr"] = rates[group.name]
-            mover.step()
-            mover.zero_grad(set_to_none=True)
-        self.learner.word.keep_norms()
+            rates[group.name] = float(lr_scheduler.get_last_lr()[0])
+            lr_scheduler.optimizer.step()
+            lr_scheduler.optimizer.zero_grad(set_to_none=True)
+            lr_scheduler.step()
+        self.trainables.tokens.clamp_norms()
         return rates
 
-    def _look(self, step: int) -> None:
-        """Measure and draw, where it is time to."""
-        plan = self.learner.plan
+    def _losses_to_host(self, step: int, losses: Tensor) -> tuple[float, float | None]:
+        """Return loss and prior loss as numbers, when the whole step is queued on the GPU."""
+        loss, prior_loss = self.accelerator.reduce(losses, "mean").tolist()
+        if not math.isfinite(loss + prior_loss):
+            raise Diverged(
+                f"the loss became {loss} in step {step + 1}; lower the learning rates, or use more"
+                " warm-up steps"
+            )
+        return (
+            loss,
+            prior_loss if self.trainables.plan.prior_preservation is not Prior.OFF else None,
+        )
+
+    def _validate_and_preview(self, step: int) -> Iterator[HeldOutLoss | Previews]:
+        """Yield the held-out loss and previews that are due after `step` steps."""
+        plan = self.trainables.plan
         last = step == plan.max_train_steps
         if plan.validation_steps and (step % plan.validation_steps == 0 or last):
-            with uncompiled():
-                loss = self._held_out_loss()
-            self.tell(HeldOutLoss(step, loss))
-        due = plan.preview_steps is not None and step % plan.preview_steps == 0
-        if plan.preview_prompts and (due or last) and self.accelerator.is_main_process:
-            with uncompiled():
-                images = self._paint()
-            self.tell(Previews(step, plan.preview_prompts, images))
+            yield HeldOutLoss(step, self._held_out_loss())
+        due = last or (plan.preview_steps is not None and step % plan.preview_steps == 0)
+        if plan.preview_prompts and due and self.accelerator.is_main_process:
+            yield Previews(step, plan.preview_prompts, self._previews())
 
     @torch.no_grad()
     def _held_out_loss(self) -> float:
-        """The same examples, noise and noise levels each time; every process computes all of it."""
-        plan, noise = replace(self.learner.plan, caption_dropout=0.0), self.learner.model.noise
-        places = range(HELD_OUT_NOISES)
+        """Return the mean loss over the same examples, noise and timesteps each time.
+
+        Every process computes all of it.
+        """
+        plan, model = replace(self.trainables.plan, caption_dropout=0.0), self.trainables.model
         total = 0.0
         for number, item in enumerate(self.data.held_out):
-            items = [item] * len(places)
-            batch = dataset.draw(items, dataset.HELD_OUT, number, places, len(places), plan, noise)
-            with self.accelerator.autocast():
-                total += self.learner.loss(batch).item()
+            slots = BatchSlots(dataset.HELD_OUT, number, range(HELD_OUT_NOISES), HELD_OUT_NOISES)
+            items = [item] * HELD_OUT_NOISES
+            batch = dataset.sample_batch(items, slots, plan, model.latent_scale, model.n_timesteps)
+            with without_compiling(), self.accelerator.autocast():
+                total += self.trainables.loss(batch).item()
         return total / len(self.data.held_out)
 
     @torch.no_grad()
-    def _paint(self) -> list[Image.Image]:
-        assert self.paint is not None
-        model, plan = self.learner.model, self.learner.plan
-        tokenizers = self.learner.word.tokenizers
-        parts = {
-            "unet": model.unet,
-            "vae": model.vae,
-            **model.text_encoders,
-            "tokenizer": tokenizers["text_encoder"],
-            "tokenizer_2": tokenizers["text_encoder_2"],
-            "scheduler_config": model.scheduler_config,
-        }
+    def _previews(self) -> list[Image.Image]:
+        plan = self.trainables.plan
+        components = replace(
+            self.trainables.model.components, tokenizers=self.trainables.tokens.tokenizers
+        )
         prompts = [replace_trigger_words(p, plan.trigger_words) for p in plan.preview_prompts]
-        seeds = range(len(prompts))
-        with self.accelerator.autocast():
-            return self.paint(parts, prompts, seeds)
-
-    def _save(self, step: int, movers: list[torch.optim.Optimizer], training: str) -> None:
-        if self.accelerator.is_main_process:
-            folder = checkpoints.save(
-                self.checkpoints, step, self.learner.groups, movers, self.history, training
-            )
-            self.tell(CheckpointSaved(step, folder))
-        self.accelerator.wait_for_everyone()
+        with without_compiling(), self.accelerator.autocast():
+            return self.generate(components, prompts)

@@ -1,4 +1,4 @@
-"""LoRA layers on a model, by PEFT; and what they have learnt, as deltas."""
+"""LoRA layers of PEFT on a model, and their weights as deltas."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.config import LoraPlan
-from weights.trained_types import LoraDelta
+from training.plan import TrainPlan
+from weights.formats.types import LoraDelta
 
-# Attention, as cog-sdxl trains it; so its format has room for all of it.
+# Attention, as cog-sdxl trains it, so that its format has room for all of it.
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 _ADAPTER = "default"
@@ -20,17 +20,17 @@ _ADAPTER = "default"
 
 @contextmanager
 def attached(
-    module: nn.Module, plan: LoraPlan, targets: tuple[str, ...], seed: int
+    module: nn.Module, plan: TrainPlan, targets: tuple[str, ...], seed: int
 ) -> Iterator[None]:
-    """LoRA layers on the module's `targets`, in fp32, that start without effect."""
+    """Add LoRA layers in fp32 to the module's `targets`, at first without effect."""
     from diffusers.utils.peft_utils import recurse_remove_peft_layers
     from peft import LoraConfig, inject_adapter_in_model
 
     from training import lora_layers
 
     config = LoraConfig(
-        r=plan.rank,
-        lora_alpha=plan.alpha,  # type: ignore[arg-type]
+        r=plan.lora_rank,
+        lora_alpha=plan.lora_alpha,  # type: ignore[arg-type]
         use_rslora=plan.use_rslora,
         use_dora=plan.use_dora,
         target_modules=list(targets),
@@ -48,19 +48,18 @@ def attached(
         yield
     finally:
         recurse_remove_peft_layers(module)
-        # What diffusers and transformers remember of adapters
-        if hasattr(module, "peft_config"):
+        if hasattr(module, "peft_config"):  # by which diffusers and transformers list adapters
             del module.peft_config
 
 
 def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The LoRA layers' parameters, by name."""
+    """Return the LoRA layers' parameters, by name."""
     return {name: p for name, p in module.named_parameters() if ".lora_" in name}
 
 
 @contextmanager
-def switched_off(*modules: nn.Module) -> Iterator[None]:
-    """The modules as if they had no LoRA layers."""
+def disabled(*modules: nn.Module) -> Iterator[None]:
+    """Run the modules without their LoRA layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     with ExitStack() as stack:
@@ -72,8 +71,8 @@ def switched_off(*modules: nn.Module) -> Iterator[None]:
         yield
 
 
-def deltas(module: nn.Module, part: str, plan: LoraPlan) -> dict[str, LoraDelta]:
-    """What the LoRA layers have learnt: "<part>.<path>" → delta, on the CPU."""
+def deltas(module: nn.Module, component: str, plan: TrainPlan) -> dict[str, LoraDelta]:
+    """Return the LoRA layers' weights on the CPU: "<component>.<path>" → delta."""
     from peft.tuners.lora import LoraLayer
 
     found = {}
@@ -89,6 +88,6 @@ def deltas(module: nn.Module, part: str, plan: LoraPlan) -> dict[str, LoraDelta]
         if plan.use_dora:
             magnitude = inner.lora_magnitude_vector[_ADAPTER].weight.detach().float().cpu()
             magnitude = magnitude.reshape(-1, 1).clone()
-        # LoraDelta scales by alpha / rank.
-        found[f"{part}.{path}"] = LoraDelta(down, up, plan.scaling * plan.rank, magnitude)
+        alpha = plan.lora_scaling * plan.lora_rank  # a LoraDelta is scaled by alpha / rank
+        found[f"{component}.{path}"] = LoraDelta(down, up, alpha, magnitude)
     return found

@@ -1,4 +1,4 @@
-"""LoRA on a linear layer, in fewer and larger operations than PEFT's own forward pass."""
+"""LoRA on a linear layer, in fewer and larger operations than PEFT's forward pass."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-class LeanLinear(Linear):
+class MergedLinear(Linear):
     """PEFT's layer with a single adapter, without dropout and without variants such as DoRA.
 
-    A weight in fp32 gets the update added to it, and there is one product: thin matrices are slow
-    on a CPU. A weight of lower precision would round the update away: there the two thin products
-    are made, and the second one adds them to the output.
+    A weight in fp32 gets the update added to it before one product: thin matrices are slow on a
+    CPU. A weight of lower precision would round the update away: then the two thin products are
+    computed, and the second one is added to the output in the same operation.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
-        """(..., n_in) to (..., n_out)."""
+        """Map (..., n_in) to (..., n_out)."""
         base = cast("nn.Linear", self.base_layer)
         if self.disable_adapters:
             return cast("Tensor", base(x, *args, **kwargs))
@@ -38,8 +38,9 @@ class LeanLinear(Linear):
 
 
 def use(config: LoraConfig) -> None:
-    """Make `inject_adapter_in_model` build these layers.
+    """Let `inject_adapter_in_model` build these layers.
 
-    See huggingface/peft, docs/source/developer_guides/custom_models.md, dynamic dispatch.
+    The method's name is private, but PEFT documents it as the way to do so (huggingface/peft,
+    docs/source/developer_guides/custom_models.md, "Experimental support for dynamic dispatch").
     """
-    config._register_custom_module({nn.Linear: LeanLinear})
+    config._register_custom_module({nn.Linear: MergedLinear})

@@ -1,134 +1,107 @@
-"""A base model as a training needs it."""
+"""The base model of a training."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from training.base_models import Method, TrainableSpec
-from training.dataset import Noise
+from models.components import TOKENIZERS, ModelComponents
+from models.loading import (
+    load_text_encoder,
+    load_tokenizers,
+    load_unet,
+    load_vae,
+    read_scheduler_config,
+)
+from training.config import Method, TrainableSpec
 from training.errors import MissingCompiler
 from weights import cache
 from weights.catalog import Edition
 from weights.edition import NO_COMPILER, has_compiler
-from weights.trained_types import TEXT_ENCODERS, UNET
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTokenizer
-
-TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+    from diffusers import DDPMScheduler, UNet2DConditionModel
 
 
 @dataclass(frozen=True)
 class TrainableModel:
-    """The parts of a base model, all frozen."""
+    """A base model whose parameters are frozen, on one device."""
 
     spec: TrainableSpec
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    text_encoders: Mapping[str, nn.Module]  # "text_encoder", "text_encoder_2"
-    tokenizers: Mapping[str, CLIPTokenizer]  # by the same names
-    noising: DDPMScheduler  # noise schedule and prediction type of the model's own config
-    scheduler_config: Mapping[str, object]
-    # diffusers' own properties of these names look through all modules each time they are asked,
-    # which took a fifth of a step.
-    device: torch.device  # where all parts are
-    unet_dtype: torch.dtype  # of what it takes in
+    components: ModelComponents
+    noise_scheduler: DDPMScheduler  # by the model's own config
+    # The properties of these names in diffusers search all modules: a fifth of a step's time.
+    device: torch.device
+    unet_dtype: torch.dtype  # of the UNet's inputs
 
     @property
     def prediction_type(self) -> str:
         """`epsilon` or `v_prediction`."""
-        return str(self.noising.config.prediction_type)
+        return str(self.noise_scheduler.config.prediction_type)
 
     @property
-    def noise(self) -> Noise:
-        """What batches have to know."""
-        config = self.noising.config
-        return Noise(self.vae.config.scaling_factor, config.num_train_timesteps)
+    def latent_scale(self) -> float:
+        """What the VAE's latents are multiplied by for the UNet."""
+        return float(self.components.vae.config.scaling_factor)
 
-    def modules(self) -> dict[str, nn.Module]:
-        """What a training can change, by the names that trained weights use."""
-        return {UNET: self.unet, **self.text_encoders}
+    @property
+    def n_timesteps(self) -> int:
+        """Noise levels that the UNet was trained at."""
+        return int(self.noise_scheduler.config.num_train_timesteps)
 
-    def wanted(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the UNet is to predict."""
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return what the UNet is to predict (B, 4, h/8, w/8)."""
         if self.prediction_type == "epsilon":
             return noise
         assert self.prediction_type == "v_prediction"
-        velocity: Tensor = self.noising.get_velocity(latents, noise, timesteps)
+        velocity: Tensor = self.noise_scheduler.get_velocity(latents, noise, timesteps)
         return velocity
 
 
 def load(
     spec: TrainableSpec, edition: Edition, device: torch.device, method: Method
 ) -> TrainableModel:
-    """Read (and fetch) the model. Raises a WeightsError.
+    """Load the model, and download what is missing. Raises a WeightsError.
 
-    On a GPU what stays frozen is in bf16, which needs no loss scaling; what learns is in fp32, and
-    so is the VAE, whose latents are made only once.
+    On a GPU, frozen networks are in bf16, which needs no loss scaling; trained parameters are in
+    fp32, and so is the VAE, which runs only once.
     """
-    import diffusers
-    import transformers
+    from diffusers import DDPMScheduler
 
-    folder = cache.ensure(spec.weights, edition)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:  # one of several processes
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
     unet_dtype = torch.float32 if method is Method.FULL else frozen
-
-    def read(cls: Any, name: str, dtype: torch.dtype) -> Any:  # noqa: ANN401
-        module = cls.from_pretrained(
-            folder / name, variant="fp16", dtype=dtype, use_safetensors=True, local_files_only=True
-        )
-        return module.to(device).eval().requires_grad_(False)
-
-    if spec.vae_weights is None:
-        vae = read(diffusers.AutoencoderKL, "vae", torch.float32)
-    else:
-        vae = diffusers.AutoencoderKL.from_pretrained(
-            cache.ensure(spec.vae_weights, edition), dtype=torch.float32, use_safetensors=True
-        )
-        vae = vae.to(device).eval().requires_grad_(False)
-    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
-    encoders = (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)
+    folder = cache.ensure(spec.weights, edition)
+    vae_folder = cache.ensure(spec.vae_weights, edition) if spec.vae_weights else folder
+    scheduler_config = read_scheduler_config(folder)
+    components = ModelComponents(
+        unet=load_unet(folder, unet_dtype),
+        vae=load_vae(vae_folder, torch.float32),
+        text_encoders={name: load_text_encoder(folder, name, frozen) for name in TOKENIZERS},
+        tokenizers=load_tokenizers(folder),
+        scheduler_config=scheduler_config,
+        is_sdxl=True,
+    )
+    for module in components.modules():
+        module.to(device).requires_grad_(False)
     return TrainableModel(
-        spec=spec,
-        unet=read(diffusers.UNet2DConditionModel, "unet", unet_dtype),
-        vae=vae,
-        text_encoders={
-            part: read(cls, part, frozen) for part, cls in zip(TEXT_ENCODERS, encoders, strict=True)
-        },
-        tokenizers={
-            part: transformers.CLIPTokenizer.from_pretrained(
-                folder / TOKENIZERS[part], local_files_only=True
-            )
-            for part in TEXT_ENCODERS
-        },
-        noising=diffusers.DDPMScheduler.from_config(config),
-        scheduler_config=config,
-        device=device,
-        unet_dtype=unet_dtype,
+        spec, components, DDPMScheduler.from_config(scheduler_config), device, unet_dtype
     )
 
 
 @contextmanager
-def training_mode(unet: UNet2DConditionModel, recompute: bool) -> Iterator[None]:
-    """The UNet in training mode, and back.
-
-    `recompute` activations in the backward pass instead of keeping them (gradient checkpointing):
-    a third more time for a fraction of the memory. PyTorch does so in training mode alone.
-    """
+def training_mode(unet: UNet2DConditionModel, gradient_checkpointing: bool) -> Iterator[None]:
+    """Put the UNet in training mode, in which alone PyTorch recomputes activations."""
     try:
         unet.train()
-        if recompute:
+        if gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         yield
     finally:
@@ -136,35 +109,28 @@ def training_mode(unet: UNet2DConditionModel, recompute: bool) -> Iterator[None]
         unet.disable_gradient_checkpointing()
 
 
-@contextmanager
-def compiled(model: TrainableModel, wanted: bool) -> Iterator[None]:
-    """The UNet's steps compiled by torch.compile, if that is wanted, and as they were afterwards.
+def compile_unet(model: TrainableModel) -> UNet2DConditionModel:
+    """Return the UNet, compiled at its first step of each size. Raises MissingCompiler.
 
-    Each size of picture is compiled for itself, at its first step: the whole UNet on a CPU, and on
-    a GPU its transformer blocks, which are alike but for their widths. Raises MissingCompiler.
+    On a CPU as a whole. On a GPU the transformer blocks are compiled in place, and stay so: there
+    are many of few kinds, which takes a fraction of the time.
     """
-    if not wanted:
-        yield
-        return
     check_compiler(model.device.type)
-    try:
-        if model.device.type == "cuda":
-            model.unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
-        else:
-            model.unet.compile()
-        yield
-    finally:
-        for module in model.unet.modules():
-            module._compiled_call_impl = None  # what nn.Module.compile sets
+    unet = model.components.unet
+    if model.device.type != "cuda":
+        compiled: UNet2DConditionModel = torch.compile(unet)
+        return compiled
+    unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    return unet
 
 
 def check_compiler(device: str) -> None:
-    """Raises MissingCompiler where torch.compile cannot work on a kind of device."""
+    """Raise MissingCompiler where torch.compile cannot work on a kind of device."""
     if device == "cpu" and not has_compiler():
         raise MissingCompiler(f"compile_unet {NO_COMPILER}, or leave compile_unet out")
 
 
-def uncompiled() -> AbstractContextManager[None]:
-    """What runs but now and then, such as a preview, is not worth a compilation."""
+def without_compiling() -> AbstractContextManager[None]:
+    """Run modules eagerly, where they run too rarely to be worth a compilation."""
     stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     return stance

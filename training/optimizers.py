@@ -1,48 +1,50 @@
-"""The optimizers, and the learning rate at each step."""
+"""Groups of parameters, their optimizers and their learning-rate schedules."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
-from training.base_models import Schedule
-from training.config import Optimizer, TrainPlan
+from training.config import Optimizer, Schedule
 from training.errors import MissingOptimizer
+from training.plan import TrainPlan
 
-BETAS = (0.9, 0.99)  # a training of hundreds of steps: Adam's 0.999 remembers all of it
+BETAS = (0.9, 0.99)  # a training has hundreds of steps: Adam's 0.999 would average over all of them
 
 
 @dataclass(frozen=True)
-class Group:
-    """Parameters that learn together, at one rate."""
+class ParameterGroup:
+    """Parameters with one learning rate."""
 
     name: str
     parameters: dict[str, nn.Parameter]
     learning_rate: float
     weight_decay: float
-    until: int  # they learn in the steps before this one
+    end: int  # the steps before it train them
 
 
-def build(kind: Optimizer, group: Group, device: torch.device) -> torch.optim.Optimizer:
-    """An optimizer of the group's own: Prodigy finds one rate for all that it is given.
+def build_optimizer(
+    kind: Optimizer, group: ParameterGroup, device: torch.device
+) -> torch.optim.Optimizer:
+    """Return an optimizer for one group, as Prodigy finds one rate for all that it is given.
 
     Raises MissingOptimizer where it cannot run.
     """
     check(kind, device.type)
-    parameters: Iterable[nn.Parameter] = group.parameters.values()
+    parameters = list(group.parameters.values())
     rate, decay = group.learning_rate, group.weight_decay
+    optimizer: torch.optim.Optimizer
     if kind is Optimizer.ADAMW:
-        # Fused: some hundred small tensors in one call, a tenth of a step on a CPU otherwise.
+        # Fused: one call for hundreds of small tensors, which take a tenth of a step on a CPU.
         return torch.optim.AdamW(parameters, lr=rate, betas=BETAS, weight_decay=decay, fused=True)
     if kind is Optimizer.PRODIGY:
         from prodigyopt import Prodigy
 
         # huggingface/diffusers, train_dreambooth_lora_sdxl_advanced.py: its flags' values
-        prodigy: torch.optim.Optimizer = Prodigy(
+        optimizer = Prodigy(
             parameters,
             lr=max(rate, 1e-12),
             betas=BETAS,
@@ -50,12 +52,11 @@ def build(kind: Optimizer, group: Group, device: torch.device) -> torch.optim.Op
             use_bias_correction=True,
             safeguard_warmup=True,
         )
-        return prodigy
-    if kind is Optimizer.ADAFACTOR:
+    elif kind is Optimizer.ADAFACTOR:
         from transformers.optimization import Adafactor
 
         # kohya-ss/sd-scripts, docs: a fixed rate, as the other optimizers have
-        adafactor: torch.optim.Optimizer = Adafactor(
+        optimizer = Adafactor(
             parameters,
             lr=rate,
             weight_decay=decay,
@@ -63,17 +64,15 @@ def build(kind: Optimizer, group: Group, device: torch.device) -> torch.optim.Op
             relative_step=False,
             warmup_init=False,
         )
-        return adafactor
-    from bitsandbytes.optim import AdamW8bit
+    else:
+        from bitsandbytes.optim import AdamW8bit
 
-    adamw_8bit: torch.optim.Optimizer = AdamW8bit(
-        parameters, lr=rate, betas=BETAS, weight_decay=decay
-    )
-    return adamw_8bit
+        optimizer = AdamW8bit(parameters, lr=rate, betas=BETAS, weight_decay=decay)
+    return optimizer
 
 
 def check(kind: Optimizer, device: str) -> None:
-    """Raises MissingOptimizer where an optimizer cannot run on a kind of device."""
+    """Raise MissingOptimizer where an optimizer cannot run on a kind of device."""
     if kind is not Optimizer.ADAMW_8BIT:
         return
     if device != "cuda":
@@ -89,13 +88,23 @@ def check(kind: Optimizer, device: str) -> None:
         ) from error
 
 
-def rate_factor(plan: TrainPlan, step: int) -> float:
-    """What the learning rates are multiplied by in a step; the first is 0."""
-    if step < plan.lr_warmup_steps:
-        return (step + 1) / (plan.lr_warmup_steps + 1)
-    done = (step - plan.lr_warmup_steps) / (plan.max_train_steps - plan.lr_warmup_steps)
-    if plan.lr_scheduler is Schedule.LINEAR:
-        return 1 - done
-    if plan.lr_scheduler is Schedule.COSINE:
-        return 0.5 * (1 + math.cos(math.pi * done))
-    return 1.0
+def build_lr_scheduler(
+    plan: TrainPlan, learning_rate: float, optimizer: torch.optim.Optimizer, first_step: int
+) -> LambdaLR:
+    """Return diffusers' learning-rate schedule, at `first_step` of the training.
+
+    It counts from 1, as diffusers' first step of a warm-up has a rate of 0 and changes nothing.
+    """
+    from diffusers.optimization import get_scheduler
+
+    constant = plan.lr_scheduler is Schedule.CONSTANT
+    for param_group in optimizer.param_groups:
+        param_group["initial_lr"] = learning_rate
+    lr_scheduler: LambdaLR = get_scheduler(
+        "constant_with_warmup" if constant else plan.lr_scheduler.value,
+        optimizer,
+        num_warmup_steps=plan.lr_warmup_steps + 1,
+        num_training_steps=plan.max_train_steps + 1,
+        last_epoch=first_step,
+    )
+    return lr_scheduler

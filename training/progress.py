@@ -1,4 +1,4 @@
-"""What a training tells while it runs, and what it remembers of itself."""
+"""The events of a training, its history, and its progress bar."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.config import TrainPlan
+from training.plan import TrainPlan
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,8 +18,8 @@ class Started:
     """The model and the examples are ready."""
 
     plan: TrainPlan
-    n_examples: int  # that are learnt from; the held-out ones are not counted
-    step: int  # 0, or where a checkpoint goes on
+    n_examples: int  # without those held out
+    step: int  # 0, or that of the checkpoint
 
 
 @dataclass(frozen=True)
@@ -28,22 +28,21 @@ class StepDone:
 
     step: int  # from 1
     loss: float
-    prior_loss: float | None  # as it was added to the loss, without its weight
-    learning_rates: dict[str, float]  # of each group that learns
+    prior_loss: float | None  # without its weight
+    learning_rates: dict[str, float]  # of each group that is trained
     seconds_per_step: float
-    seconds_left: float
 
 
 @dataclass(frozen=True)
-class WordFrozen:
-    """The pivot: from here on the new word's vectors stay as they are."""
+class TokensFrozen:
+    """The pivot: from here on the token embeddings stay as they are."""
 
     step: int
 
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """The loss on examples that are not learnt from, always with the same noise."""
+    """The loss on the held-out examples, always with the same noise."""
 
     step: int
     loss: float
@@ -51,7 +50,7 @@ class HeldOutLoss:
 
 @dataclass(frozen=True)
 class Previews:
-    """Pictures of the preview prompts, always with the same seeds."""
+    """Images of the preview prompts, always with the same seeds."""
 
     step: int
     prompts: tuple[str, ...]
@@ -60,19 +59,19 @@ class Previews:
 
 @dataclass(frozen=True)
 class CheckpointSaved:
-    """From here the training can go on after a stop."""
+    """A checkpoint that the training can be resumed from."""
 
     step: int
     folder: Path
 
 
-Event = Started | StepDone | WordFrozen | HeldOutLoss | Previews | CheckpointSaved
+Event = Started | StepDone | TokensFrozen | HeldOutLoss | Previews | CheckpointSaved
 OnEvent = Callable[[Event], None]
 
 
 @dataclass
 class History:
-    """A training's course in numbers; as JSON a part of each checkpoint."""
+    """The course of a training in numbers, saved in each checkpoint."""
 
     steps: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -83,7 +82,7 @@ class History:
     pivot_step: int | None = None
 
     def record(self, event: Event) -> None:
-        """Remember what an event says."""
+        """Add an event."""
         if isinstance(event, StepDone):
             self.steps.append(event.step)
             self.losses.append(event.loss)
@@ -92,25 +91,21 @@ class History:
             self.seconds.append(event.seconds_per_step)
         elif isinstance(event, HeldOutLoss):
             self.held_out.append((event.step, event.loss))
-        elif isinstance(event, WordFrozen):
+        elif isinstance(event, TokensFrozen):
             self.pivot_step = event.step
 
-    def replace_by(self, other: History) -> None:
-        """Become what a checkpoint remembers."""
-        vars(self).update(vars(other))
-
     def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers."""
+        """Return plain lists and numbers."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> History:
-        """The reverse."""
+        """Return the history that `to_json` was called on."""
         held_out = [(int(step), float(loss)) for step, loss in content["held_out"]]
         return cls(**{**content, "held_out": held_out})
 
 
-class Bar:
+class ProgressBar:
     """A progress bar on stderr, with the loss and the time left."""
 
     def __init__(self) -> None:
@@ -123,10 +118,10 @@ class Bar:
         if isinstance(event, Started):
             total = event.plan.max_train_steps
             self._bar = tqdm(total=total, initial=event.step, desc="Training", unit="step")
-        elif isinstance(event, StepDone) and self._bar is not None:
+        elif isinstance(event, StepDone):
             self._bar.set_postfix(loss=f"{event.loss:.4f}", refresh=False)
             self._bar.update()
-        elif isinstance(event, HeldOutLoss) and self._bar is not None:
+        elif isinstance(event, HeldOutLoss):
             self._bar.write(f"step {event.step}: held-out loss {event.loss:.4f}")
 
     def close(self) -> None:

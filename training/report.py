@@ -14,8 +14,8 @@ from string import Template
 
 from PIL import Image
 
-from training.config import TrainPlan
 from training.dataset import Example
+from training.plan import TrainPlan
 from training.progress import History, Previews
 
 THUMBNAIL = 192  # pixels, the longer side
@@ -66,8 +66,7 @@ def render_report(
 def _settings(plan: TrainPlan) -> dict[str, object]:
     """Those that are set, the LoRA's among the others."""
     values = asdict(plan)
-    lora = values.pop("lora") or {}
-    values |= {f"lora_{name}": value for name, value in lora.items()}
+    values |= {"input_images": None, "class_images": None}  # temporary files
     values["preview_prompts"] = " | ".join(plan.preview_prompts)
     return {name: value for name, value in values.items() if value not in (None, "")}
 

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from weights import hub, retry, transfer
 from weights.catalog import CatalogEntry, HubFiles, UrlFile
-from weights.errors import NotEnoughDisk, Offline
+from weights.errors import DiskFull, Offline
+from weights.http import Digest, RemoteFile
 from weights.lock import LockedEntry, LockedFile, locked_entry
-from weights.remote import Digest, RemoteFile
 from weights.retry import RetryPolicy
 
 DISK_MARGIN_BYTES = 256 << 20  # left free for everything else that shares the disk
@@ -99,10 +99,10 @@ def progress_bar(label: str, total_bytes: int | None, have_bytes: int) -> "tqdm[
 
 
 def check_disk(folder: Path, needed_bytes: int, what: str) -> None:
-    """Raise NotEnoughDisk unless `needed_bytes` and DISK_MARGIN_BYTES are free for `folder`."""
+    """Raise DiskFull unless `needed_bytes` and DISK_MARGIN_BYTES are free for `folder`."""
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes + DISK_MARGIN_BYTES:
-        raise NotEnoughDisk(
+        raise DiskFull(
             f"{what} needs {needed_bytes} bytes more and {DISK_MARGIN_BYTES} to spare, but the disk"
             f" of {folder} has {free_bytes} free: free some, or set WEIGHTS_CACHE to another disk"
         )

@@ -1,22 +1,22 @@
-"""What can go wrong between a model file and its place on disk.
+"""Errors of everything between the name of weights and the tensors of a file.
 
     WeightsError
-    ├── UnknownWeights      no entry of that name in that edition of the catalog
-    ├── WrongSetting        (also a ValueError) WEIGHTS_EDITION or DEVICE has a wrong value
-    ├── MissingPackaged     a folder that the repository should contain is not there
+    ├── UnknownWeights      the edition of the catalog has no entry of that name
+    ├── WrongSetting        (also a ValueError) an environment variable has a wrong value
+    ├── MissingPackaged     a folder of the miniature edition is not in the repository
     ├── IncompleteModel     a model's files lack a part of it
     ├── LockMismatch        the lock file disagrees with the catalog
-    ├── InvalidSource       (also a ValueError) what somebody named cannot be a place of weights
-    ├── BadWeights          trained weights that a user brought: malformed, or for another model
+    ├── InvalidSource       (also a ValueError) a reference to weights, or a token, breaks a rule
+    ├── BadWeights          a file is malformed, of another kind, or for another model
     └── DownloadError
         ├── Offline           a file is needed, and offline mode forbids fetching it
         ├── AccessDenied      401 or 403: a token is missing, wrong, or has not accepted the licence
         ├── NotOnServer       404: no such repository, revision or file
         ├── TransferFailed    the network or the server failed, and kept failing
         ├── ChecksumMismatch  the bytes are not the expected ones; they were thrown away
-        ├── RefusedAddress    the file is where a stranger must not make this machine look
-        ├── TooLarge          more bytes than weights that people bring may have
-        └── NotEnoughDisk     too little room where weights are kept
+        ├── RefusedAddress    an address that is not public, or not https
+        ├── TooLarge          more bytes than weights from users may have
+        └── DiskFull          too little room for the file
 
 Every message names the file, where it comes from and what to do about it.
 """
@@ -27,11 +27,11 @@ class WeightsError(Exception):
 
 
 class UnknownWeights(WeightsError):
-    """The catalog has no such entry in the edition asked for."""
+    """The catalog has no such entry in the requested edition."""
 
 
 class WrongSetting(WeightsError, ValueError):
-    """An environment variable has a value it may not have."""
+    """An environment variable has a value that it may not have."""
 
 
 class MissingPackaged(WeightsError):
@@ -51,11 +51,11 @@ class BadWeights(WeightsError):
 
 
 class InvalidSource(WeightsError, ValueError):
-    """A reference to weights, or a token for them, that breaks a rule; nothing was fetched."""
+    """A reference to weights, or a token for them, breaks a rule. Nothing was fetched."""
 
 
 class DownloadError(WeightsError):
-    """A file could not be fetched; nothing stands under its final name."""
+    """A file could not be fetched. Nothing has its final name."""
 
 
 class Offline(DownloadError):
@@ -71,11 +71,11 @@ class NotOnServer(DownloadError):
 
 
 class TransferFailed(DownloadError):
-    """The transfer failed as often as allowed; what arrived is kept for the next try."""
+    """The transfer failed as often as allowed."""
 
 
 class ChecksumMismatch(DownloadError):
-    """Size or hash differ from what the lock, the catalog or the hub says."""
+    """Size or hash differ from those of the lock, the catalog or the hub."""
 
 
 class RefusedAddress(DownloadError):
@@ -83,8 +83,8 @@ class RefusedAddress(DownloadError):
 
 
 class TooLarge(DownloadError):
-    """The file has more bytes than weights that people bring may have."""
+    """The file has more bytes than weights from users may have."""
 
 
-class NotEnoughDisk(DownloadError):
-    """The disk has no room for what remains to be fetched."""
+class DiskFull(DownloadError):
+    """The disk has no room for what remains to be written."""

@@ -13,8 +13,8 @@ from huggingface_hub.hf_api import RepoSibling
 
 from weights.catalog import HubFiles
 from weights.errors import AccessDenied, DownloadError, NotOnServer, Offline
+from weights.http import Advice, Digest, RemoteFile
 from weights.lock import LockedEntry
-from weights.remote import Advice, Digest, RemoteFile
 from weights.retry import TemporaryFailure, is_temporary, retry_after_s
 
 METADATA_TIMEOUT_S = 30.0

@@ -16,8 +16,8 @@ from typing import Literal
 
 import httpx
 
-from weights.errors import ChecksumMismatch, DownloadError, NotEnoughDisk
-from weights.remote import Digest, RemoteFile, opened, too_large
+from weights.errors import ChecksumMismatch, DiskFull, DownloadError
+from weights.http import Digest, RemoteFile, opened, too_large
 from weights.retry import RetryPolicy, TemporaryFailure, with_retries
 
 PARTIAL_FOLDER = ".partial"
@@ -206,7 +206,7 @@ def _wrong_bytes(file: RemoteFile, size_bytes: int) -> ChecksumMismatch:
 def _explain_os_error(error: OSError, file: RemoteFile, partial: Path) -> DownloadError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         missing = (file.size_bytes or file.limit_bytes) - bytes_on_disk(partial)
-        return NotEnoughDisk(
+        return DiskFull(
             f"{file.where}: the disk of {partial.parent} is full, {missing} bytes"
             f"{'' if file.size_bytes else ' at most'} are still to come; free some and run again to"
             " resume, or set WEIGHTS_CACHE to another disk"

@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from script.tools.arguments import parse_inputs
-from script.tools.schema import document
+from script.tools.openapi import document
 from weights.miniature.world import Scene, render
 
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from script.tools.arguments import UsageError, as_cog_gives_them, parse_inputs
-from script.tools.cog_config import ConfigError
-from script.tools.cog_rules import SchemaError
-from script.tools.schema import document
+from script.tools.openapi import document
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,9 +43,6 @@ def main(argv: list[str], caller: Path) -> int:
     except UsageError as error:
         print(f"script/predict: {error}", file=sys.stderr)
         return 2
-    except (ConfigError, SchemaError) as error:
-        print(f"script/predict: {error}", file=sys.stderr)
-        return 1
     return _predict(as_cog_gives_them(inputs, schema, "Input"), output, caller)
 
 

@@ -7,10 +7,9 @@ import os
 import sys
 from pathlib import Path
 
-from script.tools.cog_config import ConfigError, Target, read_config
-from script.tools.cog_rules import SchemaError
-from script.tools.openapi import dump
-from script.tools.schema import document
+import yaml
+
+from script.tools import openapi
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", "5000"
@@ -19,12 +18,12 @@ DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", "5000"
 def main(options: list[str], root: Path) -> None:
     """Become the server, or exit with one line that says why not."""
     try:
-        config = read_config(root)
-        text = dump(document(root))
-    except (ConfigError, SchemaError) as error:
+        targets = yaml.safe_load((root / "cog.yaml").read_text(encoding="utf-8"))
+        text = (root / openapi.FILE).read_text(encoding="utf-8")
+    except OSError as error:
         sys.exit(f"script/serve: {error}")
     write_schema(root / ".cog" / "openapi_schema.json", text)
-    environment = server_environment(root, config.predict, config.train)
+    environment = server_environment(targets["predict"], targets["train"])
     host = os.environ.get("HOST", DEFAULT_HOST)
     command = [sys.executable, "-m", "cog.server.http", "--host", host, *options]
     os.chdir(root)  # where the server looks for .cog/ and the worker for the targets
@@ -32,26 +31,21 @@ def main(options: list[str], root: Path) -> None:
 
 
 def write_schema(path: Path, text: str) -> None:
-    """What the server reads at its start, once; whole at any moment, as others may be starting."""
+    """Write what the server reads at its start; whole at any moment, as others may be starting."""
     path.parent.mkdir(exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8", newline="\n")
     partial.replace(path)
 
 
-def server_environment(root: Path, predict: Target, train: Target | None) -> dict[str, str]:
-    """This process's environment, with what `cog build` bakes into an image."""
+def server_environment(predict: str, train: str) -> dict[str, str]:
+    """Return this process's environment, with what `cog build` bakes into an image."""
     environment = {"PORT": DEFAULT_PORT, **os.environ}
     # The server starts its worker as "python" from PATH.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    environment["COG_PREDICT_TYPE_STUB"] = _reference(root, predict)
-    if train is not None:
-        environment["COG_TRAIN_TYPE_STUB"] = _reference(root, train)
+    environment["COG_PREDICT_TYPE_STUB"] = predict
+    environment["COG_TRAIN_TYPE_STUB"] = train
     return environment
-
-
-def _reference(root: Path, target: Target) -> str:
-    return f"{target.file.relative_to(root)}:{target.name}"
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from generation import merging
 from generation.adapters import Adapter, AdapterSlot, with_own_tokens
 from generation.base_models import MINIATURE_SDXL
 from tests.trained_files import cog_members, kohya_tensors, tar_bytes
+from weights.formats.read import read_trained
+from weights.formats.types import ModelShapes, Pooling
 from weights.miniature.evaluate import FOLDER
-from weights.trained import ModelShapes, Pooling, read_trained
 from weights.trigger_words import replace_trigger_words
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")

@@ -8,10 +8,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from generation.canvas import cover_crop
 from PIL import Image
 from skimage import data
 
-from generation.canvas import cover_crop
 from preprocess import annotators
 from preprocess.annotators import ANNOTATORS, AnnotatorSettings, Detectors, annotate, is_empty
 from tests.detector_weights import write

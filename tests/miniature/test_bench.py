@@ -553,17 +553,17 @@ def test_the_baseline_trains_its_lora_and_its_embeddings():
     torch.manual_seed(0)
     with environment.settings(cpu=True):
         model, examples = training.load_subject(128)
-    baseline = CogSdxlTraining(model, encode(model.vae, examples, False), 4, 32, 4)
+    baseline = CogSdxlTraining(model, encode(model.components.vae, examples, False), 4, 32, 4)
     before = {
         part: encoder.get_input_embeddings().weight.detach().clone()
-        for part, encoder in model.text_encoders.items()
+        for part, encoder in model.components.text_encoders.items()
     }
     steps = []
     baseline.run(lambda step, loss: steps.append(step))
     assert steps == [1, 2, 3, 4]
-    for processor in model.unet.attn_processors.values():
+    for processor in model.components.unet.attn_processors.values():
         assert processor.to_q_lora.up.weight.abs().max() > 0
-    for part, encoder in model.text_encoders.items():
+    for part, encoder in model.components.text_encoders.items():
         table = encoder.get_input_embeddings().weight
         assert len(table) == len(before[part]) + 2
         assert torch.equal(table[:-2], before[part])

@@ -11,7 +11,7 @@ from generation.base_models import MINIATURE_SDXL
 from generation.engine import Engine
 from tests.miniature.isolation import Cancelled, failing_in
 from weights.catalog import Edition
-from weights.trained import LoraDelta, Pooling, TokenVectors, TrainedWeights
+from weights.formats.types import LoraDelta, Pooling, TokenVectors, TrainedWeights
 
 LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 BIAS = "unet.conv_in.bias"

@@ -4,19 +4,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import diffusers
+import generation.control
 import numpy as np
 import pytest
 import torch
+from generation.pipelines import LoadedModel, PipelineStore
+from generation.stand_ins import Progress
 from PIL import Image
 
-import generation.control
 from generation.base_models import MINIATURE_SDXL
 from generation.controlnets import ControlRequest
 from generation.engine import Engine
 from generation.errors import InvalidRequest
-from generation.pipelines import LoadedModel, PipelineStore
 from generation.sizes import Margins
-from generation.stand_ins import Progress
 from preprocess import annotators
 from tests.miniature.isolation import ERRORS, failing_at
 from tests.requests import NO_CONTROL, REQUEST

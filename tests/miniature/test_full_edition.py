@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from generation.pipelines import PipelineStore
 from safetensors.torch import load_file
 
 from generation.base_models import SDXL
 from generation.engine import Engine
 from generation.errors import InvalidRequest
-from generation.pipelines import PipelineStore
 from weights import cache
 from weights.catalog import CATALOG, Edition
 from weights.miniature.evaluate import FOLDER

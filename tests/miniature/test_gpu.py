@@ -15,8 +15,8 @@ from tests.miniature import concept, safety_bars
 from tests.miniature import training_bars as bars
 from tests.miniature.stock import COG_ARCHIVE, MODES, TYPED
 from tests.requests import NO_CONTROL
-from training import learner, loop
-from training.base_models import MINIATURE_SDXL, Method
+from training import loop, trainables
+from training.config import TRAINABLE_MODELS, Method
 from training.model import load
 from training.progress import StepDone
 from weights.catalog import Edition
@@ -129,16 +129,18 @@ def test_the_safety_models_agree_in_fp16(gpu):
 
 def losses(tmp_path, **changes) -> list[float]:
     """Of 16 steps, half before the pivot."""
-    model = load(MINIATURE_SDXL, Edition.MINIATURE, torch.device("cuda"), Method.LORA)
+    model = load(
+        TRAINABLE_MODELS[Edition.MINIATURE], Edition.MINIATURE, torch.device("cuda"), Method.LORA
+    )
     config = replace(bars.CONFIG, max_train_steps=16, lora_lr=3e-3, **changes)
     told = []
-    loop.fit(concept.examples(), (), config, model, tmp_path, told.append, None)
+    loop.fit(concept.examples(), (), config, model, tmp_path, told.append)
     return [event.loss for event in told if isinstance(event, StepDone)]
 
 
 def test_a_replayed_training_is_the_eager_one(tmp_path, monkeypatch):
     replayed = losses(tmp_path / "replayed")
-    monkeypatch.setattr(learner, "_replays", lambda model, plan: False)
+    monkeypatch.setattr(trainables, "_uses_cuda_graphs", lambda model, plan: False)
     eager = losses(tmp_path / "eager")
     assert replayed == pytest.approx(eager, rel=0.01)
     assert losses(tmp_path / "other", lora_rank=2) != pytest.approx(eager, rel=0.01)

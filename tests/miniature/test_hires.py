@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 import diffusers
+import generation.painter
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import generation.painter
 from generation.base_models import MINIATURE_SDXL, SDXL
 from generation.errors import InvalidRequest
 from generation.resolve import resolve

@@ -10,15 +10,15 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
+from generation.host_schedule import WAITS, on_the_host
+from generation.passes import Acceleration, Passes
+from generation.pipelines import PIPELINE_CLASSES
+from generation.prompts import PromptEmbeddings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from generation import control, modes, noise, stand_ins
 from generation.base_models import MINIATURE_SDXL
-from generation.host_schedule import WAITS, on_the_host
-from generation.passes import Acceleration, Passes
-from generation.pipelines import PIPELINE_CLASSES
 from generation.plan import Mode, RepaintPlan
-from generation.prompts import PromptEmbeddings
 from generation.resolve import resolve
 from generation.schedulers import SCHEDULERS, ScheduleType, build_scheduler
 from tests.miniature.stock import DISTINCT

@@ -4,11 +4,12 @@ import pytest
 import torch
 from peft.tuners.lora import Linear
 
+from tests.unit.test_training_config import plan as resolved
 from training import lora, lora_layers
-from training.config import LoraPlan
-from training.lora_layers import LeanLinear
+from training.config import LoraFormat
+from training.lora_layers import MergedLinear
 
-PLAN = LoraPlan(rank=3, alpha=4.0, use_rslora=False, use_dora=False, text_encoder=False)
+PLAN = resolved(lora_rank=3, lora_alpha=4.0)
 TARGETS = ("to_q", "to_out")
 
 
@@ -38,7 +39,7 @@ def passes(x, plan=PLAN, dtype=torch.float32, autocast=False):
             output = module(x)
         output.float().square().sum().backward()
         found = {n: p.grad.clone() for n, p in lora.parameters(module).items()}
-        with lora.switched_off(module):
+        with lora.disabled(module):
             off = module(x)
     assert torch.equal(off, module(x))
     return kinds, output.detach(), found
@@ -61,7 +62,7 @@ def test_fp32_is_pefts_to_rounding(peft_passes, shape):
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(3))
     kinds, output, gradients = passes(x)
     theirs, wanted, wanted_gradients = peft_passes(x)
-    assert (kinds, theirs) == ({LeanLinear}, {Linear})
+    assert (kinds, theirs) == ({MergedLinear}, {Linear})
     torch.testing.assert_close(output, wanted)
     assert gradients.keys() == wanted_gradients.keys()
     for name, gradient in gradients.items():
@@ -80,5 +81,8 @@ def test_bf16_keeps_updates_that_its_weights_would_lose(peft_passes, autocast):
 
 
 def test_dora_stays_pefts_own():
-    kinds, _, _ = passes(torch.randn(2, 6), LoraPlan(3, 4.0, False, True, False))
+    kinds, _, _ = passes(
+        torch.randn(2, 6),
+        resolved(lora_rank=3, lora_alpha=4.0, use_dora=True, lora_format=LoraFormat.KOHYA),
+    )
     assert kinds == {Linear}

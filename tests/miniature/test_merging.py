@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from generation.merging import Batch, Single, merged
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from generation import adapters, merging
 from generation.adapters import Adapter, AdapterSlot
-from generation.merging import Batch, Single, merged
 from tests.miniature.isolation import Cancelled, failing_in
 from tests.trained_files import kohya_tensors, matrices, miniature_shapes, model_parts, read_tensors
-from weights.trained import LoraDelta, Pooling, TrainedWeights
+from weights.formats.types import LoraDelta, Pooling, TrainedWeights
 
 ROUNDING = 1e-6  # of fp32, relative to the largest value
 SHAPES = {"linear": (6, 8), "other": (6, 8), "wide": (12, 8), "conv": (6, 4, 3, 3), "again": (6, 8)}

@@ -9,17 +9,17 @@ from unittest.mock import Mock
 import psutil
 import pytest
 import torch
+from generation.pipelines import PipelineStore
 
 from generation import painter
 from generation.adapters import AdapterSlot
 from generation.base_models import BASE_MODEL_NAMES, BASE_MODELS
 from generation.engine import Engine
-from generation.pipelines import PipelineStore
 from tests.miniature.stock import lora_file
 from weights import cache, edition
 from weights.catalog import Edition
 from weights.errors import WrongSetting
-from weights.trained import ModelShapes
+from weights.formats.types import ModelShapes
 
 MODELS = BASE_MODELS[Edition.MINIATURE]
 CPU = torch.device("cpu")

@@ -16,9 +16,9 @@ from generation.sizes import Margins
 from tests.miniature.stock import STOCK, File, assert_same, lora_file, rows, with_word
 from weights import cache
 from weights.catalog import CATALOG, Edition
+from weights.formats.types import ModelShapes
 from weights.miniature.evaluate import FOLDER
 from weights.miniature.world import place, render
-from weights.trained import ModelShapes
 
 MODELS = BASE_MODELS[Edition.MINIATURE]
 SD = ["sd15", "sd21"]

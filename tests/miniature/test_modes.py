@@ -3,17 +3,17 @@
 import itertools
 
 import diffusers
+import generation.pipelines
 import numpy as np
 import pytest
 import torch
+from generation.pipelines import scheduler_of
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-import generation.pipelines
 from generation.base_models import MINIATURE_SDXL
 from generation.engine import Engine
 from generation.errors import InvalidRequest
-from generation.pipelines import scheduler_of
 from generation.schedulers import SCHEDULERS
 from generation.sizes import Margins
 from tests.miniature.stock import DISTINCT

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers.utils import torch_utils
+from generation.pipelines import PipelineStore
 
 from generation import noise
 from generation.engine import Engine
-from generation.pipelines import PipelineStore
 from weights.catalog import Edition
 from weights.miniature import world
 

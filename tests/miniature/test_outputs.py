@@ -4,14 +4,14 @@ import hashlib
 import json
 import re
 
+import generation.painter
 import numpy as np
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from generation.passes import Acceleration, Passes
 from PIL import Image
 
-import generation.painter
-from generation.passes import Acceleration, Passes
 from generation.sizes import Margins
 from tests.brought_weights import data_uri, visible_lora
 from weights.miniature.evaluate import FOLDER, load_pipeline

@@ -1,14 +1,14 @@
 """Modes with an image and the refiner: stock diffusers' numbers, to 1e-4 in fp32."""
 
 import diffusers
+import generation.painter
 import numpy as np
 import pytest
 import torch
+from generation.canvas import Repaint
 from PIL import Image, ImageDraw
 
-import generation.painter
 from generation.base_models import MINIATURE_SDXL
-from generation.canvas import Repaint
 from generation.plan import BASE_IMAGE_STRENGTH
 from tests.miniature.stock import STOCK
 from tests.miniature.test_parity import COG_SDXLS

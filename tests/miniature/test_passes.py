@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from generation.passes import Acceleration, Compiler, Passes
 from torch._dynamo.utils import counters
 
 from generation import passes
 from generation.base_models import MINIATURE_SDXL
 from generation.controlnets import ControlRequest
-from generation.passes import Acceleration, Compiler, Passes
 from tests.miniature.stock import MODES
 from tests.recorder import Recorder
 from tests.requests import NO_CONTROL

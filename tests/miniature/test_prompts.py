@@ -9,11 +9,11 @@ from compel.embeddings_provider import (
     ReturnedEmbeddingsType,
     SplitLongTextMode,
 )
+from generation.prompts import CACHED_TEXTS, MAX_CHUNKS, EmbeddingCache, Texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from generation.base_models import MINIATURE_SDXL
-from generation.prompts import CACHED_TEXTS, MAX_CHUNKS, EmbeddingCache, Texts
 from generation.resolve import resolve
 from tests.brought_weights import data_uri, word_archive
 from tests.requests import REQUEST

@@ -7,10 +7,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from generation.sde import SeededSDEScheduler
 
 from generation.errors import InvalidRequest
 from generation.schedulers import SCHEDULERS, ScheduleType, a1111_name, build_scheduler
-from generation.sde import SeededSDEScheduler
 from tests.miniature.stock import DISTINCT, STOCK
 from weights.miniature.evaluate import FOLDER, load_pipeline
 from weights.miniature.world import Expectation, judge

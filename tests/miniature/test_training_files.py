@@ -1,6 +1,5 @@
 """A training's files draw what the trained model itself drew: here, and in stock diffusers."""
 
-import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,14 +10,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from generation.adapters import Adapter, AdapterSlot
-from tests.miniature.test_training import CPU, QUICK, Recorder, small_examples
+from models.components import TOKENIZERS
+from tests.miniature.test_training import (
+    CPU,
+    QUICK,
+    Recorder,
+    small_examples,
+    with_own_unet,
+)
 from training import export, loop
-from training.base_models import MINIATURE_SDXL, Method
-from training.config import LoraFormat
+from training.config import TRAINABLE_MODELS, LoraFormat, Method
 from training.model import TrainableModel, load
 from weights.catalog import Edition
+from weights.formats.read import read_trained
+from weights.formats.types import ModelShapes
 from weights.miniature.evaluate import FOLDER, load_pipeline
-from weights.trained import ModelShapes, read_trained
 from weights.trigger_words import replace_trigger_words
 
 PROMPT = "a red TOK on a blue background"
@@ -45,27 +51,28 @@ class Made:
 
 @pytest.fixture(scope="module")
 def model() -> TrainableModel:
-    return load(MINIATURE_SDXL, Edition.MINIATURE, CPU, Method.LORA)
+    return load(TRAINABLE_MODELS[Edition.MINIATURE], Edition.MINIATURE, CPU, Method.LORA)
 
 
 @pytest.fixture(scope="module", params=METHODS)
 def made(request, model, tmp_path_factory) -> Made:
     """One training for each method, with what it drew itself."""
     folder = tmp_path_factory.mktemp("made")
-    own = replace(model, unet=copy.deepcopy(model.unet))
+    own = with_own_unet(model)
     drawn = []
 
-    def paint(parts, prompts, seeds):
-        drawn.append(draw(parts, prompts[0]))
+    def generate(components, prompts):
+        tokenizers = {TOKENIZERS[name]: t for name, t in components.tokenizers.items()}
+        parts = {"unet": components.unet, "vae": components.vae, **components.text_encoders}
+        drawn.append(draw({**parts, **tokenizers}, prompts[0]))
         return []
 
     config = replace(METHODS[request.param], exchange_files=True, preview_prompts=(PROMPT,))
-    trained = loop.fit(small_examples(), (), config, own, folder, Recorder(), paint)
+    trained = loop.fit(small_examples(), (), config, own, folder, Recorder(), generate)
     return Made(export.write(trained, own, 4, folder), drawn[-1])
 
 
 def draw(parts, prompt: str) -> Tensor:
-    parts = {name: part for name, part in parts.items() if name != "scheduler_config"}
     scheduler = EulerDiscreteScheduler.from_pretrained(FOLDER / "scheduler")
     pipeline = StableDiffusionXLPipeline(**{**parts, "scheduler": scheduler}, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)

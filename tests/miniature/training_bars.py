@@ -19,20 +19,19 @@ from PIL import Image
 from generation.adapters import Adapter, AdapterSlot
 from tests.miniature import concept
 from training import loop
-from training.base_models import MINIATURE_SDXL, Method
-from training.config import Prior, TrainConfig
+from training.config import TRAINABLE_MODELS, Method, Prior, TrainConfig
 from training.dataset import Example
 from training.model import load
 from weights.catalog import Edition
+from weights.formats.types import TrainedWeights
 from weights.miniature import evaluate, world
 from weights.miniature.captions import held_out_captions
-from weights.trained import TrainedWeights
 from weights.trigger_words import replace_trigger_words
 
 PROMPTS, PROMPT_SEED, NOISE_SEED = 16, 77, 100
 SHOWN, SHOWN_BEFORE, DROP = 0.75, 0.1, 0.05  # bars
 PARTS = ("unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-CONFIG = TrainConfig(seed=0, verbose=False)
+CONFIG = TrainConfig(input_images=Path(), seed=0, verbose=False)
 
 
 @dataclass(frozen=True)
@@ -111,12 +110,11 @@ def _keep(pictures: list[Image.Image], name: str) -> None:
 def train(
     config: TrainConfig, class_images: Sequence[Example] = (), device: str = "cpu"
 ) -> TrainedWeights:
-    model = load(MINIATURE_SDXL, Edition.MINIATURE, torch.device(device), config.method)
+    spec, method = TRAINABLE_MODELS[Edition.MINIATURE], config.method or Method.LORA
+    model = load(spec, Edition.MINIATURE, torch.device(device), method)
     examples = concept.examples()
     with tempfile.TemporaryDirectory() as folder:
-        trained = loop.fit(
-            examples, class_images, config, model, Path(folder), lambda event: None, None
-        )
+        trained = loop.fit(examples, class_images, config, model, Path(folder), lambda event: None)
     return trained.weights
 
 

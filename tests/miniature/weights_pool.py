@@ -33,8 +33,8 @@ from tests.trained_files import (
 )
 from weights.catalog import Edition
 from weights.errors import BadWeights, InvalidSource, NotOnServer
+from weights.formats.types import Pooling
 from weights.miniature.evaluate import FOLDER, load_pipeline
-from weights.trained import Pooling
 
 GENTLY = 0.06  # random LoRAs times this change the picture without ruining it
 OPERATORS = "words"

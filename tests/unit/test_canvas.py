@@ -6,15 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
-from PIL import Image, ImageDraw
-from scipy import ndimage
-
-from generation import canvas
-from generation.base_models import MINIATURE_SDXL, SDXL
-from generation.blending import MAX_TONE_OFFSET, feather, fill, tone_offset
 from generation.canvas import (
     Covering,
     FittedSource,
@@ -27,6 +18,15 @@ from generation.canvas import (
     margin_mask,
     repaint,
 )
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from generation import canvas
+from generation.base_models import MINIATURE_SDXL, SDXL
+from generation.blending import MAX_TONE_OFFSET, feather, fill, tone_offset
 from generation.errors import InvalidRequest
 from generation.plan import GenerationPlan
 from generation.resolve import resolve

@@ -199,5 +199,5 @@ def test_maps_of_no_control(name):
 
 
 def test_maps_alone_are_returned():
-    assert plan(EDGES, control_maps_only=True).control_maps.returned
-    assert not plan(EDGES).control_maps.returned
+    assert plan(EDGES, control_maps_only=True).request.returns_control_maps
+    assert not plan(EDGES).request.returns_control_maps

@@ -8,19 +8,19 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+from generation.encode import encode
+from generation.parameters import MAX_PROMPT_CHARACTERS, describe
 from PIL import Image
 
 from generation.adapters import Adapter
 from generation.base_models import MINIATURE_SDXL
-from generation.encode import encode
 from generation.errors import InvalidRequest
 from generation.options import OutputFormat
-from generation.parameters import MAX_PROMPT_CHARACTERS, describe
 from generation.resolve import resolve
 from generation.schedulers import SCHEDULERS
 from generation.sizes import Margins
 from tests.requests import REQUEST
-from weights.trained_types import Pooling, TrainedWeights
+from weights.formats.types import Pooling, TrainedWeights
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (37, 53, 3)).astype(np.uint8)
@@ -109,7 +109,7 @@ def told(adapters=(), image=None, asked_image=None, **changes) -> dict[str, str]
     """What a request's picture says; `image` is the size of the one that was sent."""
     request = replace(REQUEST, image=asked_image, embed_parameters=True, **changes)
     plan = resolve(request, MINIATURE_SDXL, image)
-    return read_as_a1111_does(describe(plan, MINIATURE_SDXL, adapters, plan.seeds[0]))
+    return read_as_a1111_does(describe(plan, MINIATURE_SDXL, adapters, 0))
 
 
 def test_settings_as_a1111_reads_them():

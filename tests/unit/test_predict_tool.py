@@ -8,8 +8,8 @@ import pytest
 
 from script.tools import predict as tool
 from script.tools.arguments import UsageError, parse_inputs
+from script.tools.openapi import document
 from script.tools.predict import main, place
-from script.tools.schema import document
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = document(ROOT)

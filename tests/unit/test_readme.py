@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from generation.base_models import MINIATURE_SDXL, SDXL
-from training.base_models import MINIATURE_SDXL as TRAINED_MINIATURE
-from training.base_models import SDXL as TRAINED_SDXL
-from training.base_models import Method
-from training.config import TrainConfig, resolve
+from training.config import TRAINABLE_MODELS, Method, TrainConfig
+from training.plan import resolve
+from weights.catalog import Edition
 
 README = Path("README.md").read_text(encoding="utf-8")
 
@@ -31,24 +30,25 @@ def test_the_table_of_models_own_values(column, spec):
     }
 
 
-@pytest.mark.parametrize(("column", "spec"), [(0, TRAINED_SDXL), (1, TRAINED_MINIATURE)])
+@pytest.mark.parametrize(
+    ("column", "spec"),
+    [(0, TRAINABLE_MODELS[Edition.FULL]), (1, TRAINABLE_MODELS[Edition.MINIATURE])],
+)
 def test_the_table_of_trainings_own_values(column, spec):
     table = README.split("What an empty input means there")[1].split("On a GPU")[0]
     rows = dict(re.findall(r"^\| ([a-z_]+) \| ([^|]+ \| [^|]+) \|$", table, flags=re.M))
     lora, word = (
-        resolve(TrainConfig(method=method), spec, 8)
+        resolve(TrainConfig(Path(), method=method), spec, 8)
         for method in (Method.LORA, Method.TEXTUAL_INVERSION)
     )
-    full = resolve(TrainConfig(method=Method.FULL), spec, 8)
+    full = resolve(TrainConfig(Path(), method=Method.FULL), spec, 8)
     for name in ("max_train_steps", "ti_lr", "lr_scheduler", "lr_warmup_steps"):
         assert getattr(full, name) == getattr(lora, name)
     cells = {name: values.split(" | ")[column] for name, values in rows.items()}
-    assert lora.lora is not None
-    own = {"lora_rank": lora.lora.rank, "num_new_tokens": lora.n_tokens}
     for name, cell in cells.items():
-        values = [own[name]] if name in own else [getattr(lora, name), getattr(word, name)]
+        values = [getattr(lora, name), getattr(word, name)]
         assert cell == ", ".join(dict.fromkeys(str(value) for value in values)), name
-    assert len(cells) == 12
+    assert len(cells) == 13
 
 
 def test_the_layout_names_files_that_exist_and_every_file_of_the_core():

@@ -20,9 +20,14 @@ from tests.hostile_references import (
     REFERENCES,
     WITH_BLANKS,
 )
-from weights import addresses, errors, hub, offers, references, sources, trained_cache
-from weights.references import CivitaiModel, HubRepository, InlineFile, LocalFile, WebFile
-from weights.sources import CachedFile, Tokens, fetch, parse_operator_source, parse_source
+from weights import errors, hub
+from weights.user import cache as trained_cache
+from weights.user import fetch as sources
+from weights.user import parse as references
+from weights.user import resolve as offers
+from weights.user import ssrf_guard as addresses
+from weights.user.fetch import CachedFile, Tokens, fetch, parse_operator_source, parse_source
+from weights.user.parse import CivitaiModel, HubRepository, InlineFile, LocalFile, WebFile
 
 web = fake_web.web
 certificate = fake_web.certificate

@@ -1,157 +1,124 @@
-"""script/sync rewrites the marked regions, and only those."""
+"""script/sync writes everything that follows from declarations, and --check only compares."""
 
-import sys
-import types
+import shutil
+from pathlib import Path
 
 import pytest
 
+from generation.options import GenerationRequest
+from inputs import REQUIRED, Input, Option, flatten
 from script.tools import sync
+from script.tools.input_table import input_table
+from training.config import TrainConfig
 
-CONFIG = 'build:\n  sdk_version: "0.23.1"\npredict: "predict.py:Predictor"\n'
-SOURCE = """\
-from typing import Optional
-
-from cog import BasePredictor, Input, Path
-
-# script/sync: sync_fixture.SCHEDULERS
-SCHEDULER_CHOICES = ["old", "older"]  # what the model can step with
-
-
-class Predictor(BasePredictor):
-    def predict(
-        self,
-        prompt: str = Input(description="What to draw, a | b", max_length=50),
-        scheduler: str = Input(default="DDIM", choices=SCHEDULER_CHOICES, description="Stepping"),
-        seed: Optional[int] = Input(default=None, description="Seed", ge=0, le=9),
-        sizes: list[int] = Input(default=[1], description="Sizes"),
-        note: str = Input(default="", description="Note", regex="|a"),
-    ) -> Path: ...
-"""
-README = "# Title\n\n<!-- inputs:begin -->\nold\n<!-- inputs:end -->\n\nend\n"
-TABLE = """\
-| Input | Type | Default | Allowed | Description |
-| --- | --- | --- | --- | --- |
-| `prompt` | str | required | at most 50 characters | What to draw, a \\| b |
-| `scheduler` | str | `DDIM` | `DDIM`, `K_EULER` | Stepping |
-| `seed` | int | none | 0 to 9 | Seed |
-| `sizes` | list of int | `[1]` |  | Sizes |
-| `note` | str | `''` | `\\|a` | Note |"""
-
-
-@pytest.fixture(autouse=True)
-def registries(monkeypatch):
-    module = types.ModuleType("sync_fixture")
-    module.SCHEDULERS = {"DDIM": object(), "K_EULER": object()}
-    module.NAMES = ("a", "b")
-    module.BAD = {"a": 1, 'quo"te': 2}
-    module.LONG = [f"SCHEDULER_{number}" for number in range(9)]
-    monkeypatch.setitem(sys.modules, "sync_fixture", module)
+FILES = ("predict.py", "train.py", "openapi.json", "docs/reference/inputs.md", "README.md")
 
 
 @pytest.fixture
 def project(tmp_path):
-    for name, text in (("cog.yaml", CONFIG), ("predict.py", SOURCE), ("README.md", README)):
-        (tmp_path / name).write_text(text)
+    for file in (*FILES, "cog.yaml"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(sync.ROOT / file, tmp_path / file)
     return tmp_path
 
 
-def test_sync_rewrites_choices_and_table_in_one_run(project, capsys):
-    assert sync.main([], project) == 0
-    expected = SOURCE.replace('["old", "older"]', '["DDIM", "K_EULER"]')
-    assert (project / "predict.py").read_text() == expected
-    assert (project / "README.md").read_text() == README.replace("\nold\n", f"\n{TABLE}\n")
-    assert capsys.readouterr().out == (
-        "predict.py: SCHEDULER_CHOICES updated\nREADME.md: inputs updated\n"
+@pytest.fixture
+def more(monkeypatch):
+    """One more input of predictions."""
+    entry = Input("eta", float, False, False, 0.5, Option("DDIM's eta.", ge=0, le=1))
+    inputs = [*flatten(GenerationRequest), entry]
+    monkeypatch.setattr(
+        sync, "flatten", lambda cls: inputs if cls is GenerationRequest else flatten(cls)
     )
 
 
-def test_sync_twice_changes_nothing_more(project, capsys):
-    sync.main([], project)
-    capsys.readouterr()
+def test_everything_is_current():
+    assert sync.main(["--check"], sync.ROOT) == 0, "remedy: run script/sync"
+
+
+def test_an_input_appears_everywhere(project, more, capsys):
+    before = {file: (project / file).read_text() for file in FILES}
+    assert sync.main(["--check"], project) == 1
+    changed = [file for file in FILES if file != "train.py"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"{file} differs from its sources; remedy: run script/sync" for file in changed
+    ]
+    assert before == {file: (project / file).read_text() for file in FILES}
+    assert sync.main([], project) == 0
+    assert capsys.readouterr().out == "".join(f"{file} updated\n" for file in changed)
+    assert "        eta: float = Input(\n" in (project / "predict.py").read_text()
+    assert '"title": "Eta"' in (project / "openapi.json").read_text()
+    row = "| `eta` | float | `0.5` | 0 to 1 | DDIM's eta. |\n"
+    for file in ("README.md", "docs/reference/inputs.md"):
+        assert row in (project / file).read_text()
+    assert sync.main(["--check"], project) == 0
+
+
+def test_the_reference_is_made_from_nothing(project):
+    (project / "docs/reference/inputs.md").unlink()
+    assert sync.main(["--check"], project) == 1
     assert sync.main([], project) == 0
     assert sync.main(["--check"], project) == 0
-    assert capsys.readouterr().out == ""
 
 
-def test_check_names_each_difference_and_writes_nothing(project, capsys):
-    assert sync.main(["--check"], project) == 1
-    remedy = "differs from its source; remedy: run script/sync"
-    assert capsys.readouterr().err == (
-        f"predict.py: SCHEDULER_CHOICES {remedy}\nREADME.md: inputs {remedy}\n"
-    )
-    assert (project / "predict.py").read_text() == SOURCE
-    assert (project / "README.md").read_text() == README
-
-
-def test_training_inputs_have_their_own_table(project):
-    (project / "cog.yaml").write_text(CONFIG + 'train: "train.py:train"\n')
-    (project / "train.py").write_text(
-        "from cog import Input, Path\n\n"
-        '# script/sync: sync_fixture.NAMES\nKINDS = ["a"]\n\n\n'
-        'def train(kind: str = Input(choices=KINDS, description="Kind")) -> Path: ...\n'
-    )
-    assert sync.main([], project) == 1  # the README has no such region yet
-    region = "<!-- training-inputs:begin -->\n<!-- training-inputs:end -->\n"
-    (project / "README.md").write_text(README + region)
-    assert sync.main([], project) == 0
-    assert "| `kind` | str | required | `a`, `b` | Kind |" in (project / "README.md").read_text()
-
-
-@pytest.mark.parametrize("elements", ['["b"]', '[\n    "b",\n    "c",\n]', "[]"])
-def test_a_long_list_is_written_as_ruff_formats_it(elements):
-    text = f"# script/sync: sync_fixture.LONG\nNAMES = {elements}\nAFTER = 1\n"
-    wanted, changed = sync.sync_choices(text, "predict.py")
-    names = "".join(f'    "SCHEDULER_{number}",\n' for number in range(9))
-    assert wanted == f"# script/sync: sync_fixture.LONG\nNAMES = [\n{names}]\nAFTER = 1\n"
-    assert [region.name for region in changed] == ["NAMES"]
-
-
-@pytest.mark.parametrize(("width", "lines"), [(100, 1), (101, 4)])
-def test_one_line_is_kept_up_to_the_limit(width, lines):
-    padding = "x" * (width - len('N = ["", "b"]'))
-    assert len(sync.format_list("N = ", [padding, "b"], "")) == lines
-
-
-def test_several_regions_and_an_annotation_are_kept_apart():
-    text = (
-        "# script/sync: sync_fixture.NAMES\nA: list[str] = []\n"
-        "# script/sync: sync_fixture.SCHEDULERS\nB = []\n"
-    )
-    wanted, changed = sync.sync_choices(text, "predict.py")
-    assert 'A: list[str] = ["a", "b"]\n' in wanted
-    assert 'B = ["DDIM", "K_EULER"]\n' in wanted
-    assert [region.name for region in changed] == ["A", "B"]
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("# script/sync: sync_fixture.NAMES\n\nA = []\n", r"predict.py:2: no list under"),
-        ("# script/sync: sync_fixture.NAMES\nA = ()\n", r"predict.py:2: no list under"),
-        ("# script/sync: sync_fixture.GONE\nA = []\n", r"sync_fixture\.GONE"),
-        ("# script/sync: sync_gone.NAMES\nA = []\n", r"sync_gone\.NAMES"),
-        ("# script/sync: sync_fixture.BAD\nA = []\n", r"not a dict or a sequence of plain"),
-        ("# script/sync: sync_fixture.__name__\nA = []\n", r"not a dict or a sequence of plain"),
-    ],
-)
-def test_an_unusable_mark_is_explained(text, problem):
-    with pytest.raises(sync.SyncError, match=problem):
-        sync.sync_choices(text, "predict.py")
+def test_a_description_that_cog_cannot_read_is_refused(project, monkeypatch, capsys):
+    entry = Input("eta", float, False, False, 0.5, Option('so-called "eta"'))
+    monkeypatch.setattr(sync, "flatten", lambda _: [entry])
+    before = (project / "predict.py").read_text()
+    assert sync.main([], project) == 1
+    assert "Cog reads no quotes" in capsys.readouterr().err
+    assert (project / "predict.py").read_text() == before
 
 
 @pytest.mark.parametrize(
     "readme",
-    ["", "<!-- inputs:begin -->", README + README, "<!-- inputs:end --><!-- inputs:begin -->"],
+    [
+        "",
+        "<!-- a:begin -->",
+        "<!-- a:end --><!-- a:begin -->",
+        "<!-- a:begin --><!-- a:end -->" * 2,
+    ],
 )
-def test_a_readme_without_the_region_is_explained(project, capsys, readme):
-    (project / "README.md").write_text(readme)
-    assert sync.main([], project) == 1
-    assert "README.md: no region from <!-- inputs:begin -->" in capsys.readouterr().err
-    assert (project / "predict.py").read_text() == SOURCE
+def test_a_readme_without_the_marks_is_explained(readme):
+    with pytest.raises(
+        sync.SyncError, match=r"README\.md: put <!-- a:begin --> and <!-- a:end -->"
+    ):
+        sync.replace_table(readme, "a", "table")
 
 
-def test_a_source_that_cog_would_refuse_is_not_written(project, capsys):
-    (project / "predict.py").write_text(SOURCE.replace('default="DDIM"', 'default="PNDM"'))
-    assert sync.main([], project) == 1
-    assert "[default-outside]" in capsys.readouterr().err
-    assert "old" in (project / "predict.py").read_text()
+def test_a_table_replaces_what_is_between_its_marks():
+    text = "a\n<!-- t:begin -->\nold\n<!-- t:end -->\nb\n"
+    assert sync.replace_table(text, "t", "new") == text.replace("old", "new")
+
+
+def test_a_table_says_what_an_input_takes():
+    def entry(name, kind, *, default=None, **about):
+        return Input(
+            name, kind, isinstance(default, tuple), False, default, Option("a | b", **about)
+        )
+
+    rows = input_table(
+        [
+            entry("file", Path, default=REQUIRED),
+            entry("size", str, default="a", choices=("a", "b")),
+            entry("seed", int, ge=0, le=9),
+            entry("least", int, ge=0),
+            entry("most", int, le=9),
+            entry("scales", float, default=(), ge=-1, le=1),
+            entry("token", str, default="", secret=True),
+        ]
+    ).splitlines()[2:]
+    assert rows == [
+        r"| `file` | file | required |  | a \| b |",
+        r"| `size` | str | `a` | `a`, `b` | a \| b |",
+        r"| `seed` | int | none | 0 to 9 | a \| b |",
+        r"| `least` | int | none | at least 0 | a \| b |",
+        r"| `most` | int | none | at most 9 | a \| b |",
+        r"| `scales` | list of float | `[]` | -1 to 1 each | a \| b |",
+        r"| `token` | secret | `''` |  | a \| b |",
+    ]
+
+
+def test_every_input_is_described():
+    for entry in [*flatten(GenerationRequest), *flatten(TrainConfig)]:
+        assert entry.option.description.strip()

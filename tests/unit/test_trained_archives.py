@@ -23,9 +23,10 @@ from tests.trained_files import (
     tar_bytes,
     zip_bytes,
 )
-from weights import archive, trained
-from weights.errors import BadWeights, NotEnoughDisk
-from weights.trained import Pooling
+from weights.errors import BadWeights, DiskFull
+from weights.formats import read as reader
+from weights.formats import trained_archive
+from weights.formats.types import Pooling
 
 
 @pytest.fixture
@@ -142,12 +143,12 @@ def test_a_hostile_archive_is_refused_and_named(read_bytes, tmp_path, content, f
 
 
 def test_bombs_are_stopped_early(read_bytes, monkeypatch):
-    monkeypatch.setattr(archive, "FREE_BYTES", 100_000)
+    monkeypatch.setattr(trained_archive, "FREE_BYTES", 100_000)
     zeros = bytes(3_000_000)
     for content in (gz_bytes(tar_bytes({"x.txt": zeros})), zip_bytes({"l.safetensors": zeros})):
         with pytest.raises(BadWeights, match="expands to more than 200 times its size"):
             read_bytes(content)
-    monkeypatch.setattr(archive, "MAX_TOTAL_BYTES", 500_000)
+    monkeypatch.setattr(trained_archive, "MAX_TOTAL_BYTES", 500_000)
     with pytest.raises(BadWeights, match="holds more than 500000 bytes"):
         read_bytes(tar_bytes({"x.txt": zeros}))
 
@@ -168,20 +169,20 @@ def test_a_cancelled_request_leaves_nothing(read_bytes, temporary, monkeypatch, 
         assert len(list(temporary.glob("*/*"))) == 3
         raise Cancelled
 
-    monkeypatch.setattr(trained, "open_safe", cancel)
+    monkeypatch.setattr(reader, "open_safetensors", cancel)
     with pytest.raises(Cancelled):
         read_bytes(pack(cog_members()))
 
 
 def test_members_are_written_under_our_names(read_bytes, temporary, monkeypatch):
     seen = []
-    original = trained.open_safe
+    original = reader.open_safetensors
 
     def spy(path, subject):
         seen.append(path)
         return original(path, subject)
 
-    monkeypatch.setattr(trained, "open_safe", spy)
+    monkeypatch.setattr(reader, "open_safetensors", spy)
     read_bytes(tar_bytes({f"a/$(x)/{name}": data for name, data in cog_members().items()}))
     assert {path.name for path in seen} == {"0.safetensors", "1.safetensors"}
     assert {path.parent.parent for path in seen} == {temporary}
@@ -191,8 +192,8 @@ def test_a_full_disk_says_so(read_bytes, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(archive, "_take", fail)
-    with pytest.raises(NotEnoughDisk, match=f"{NAME} does not fit into .*TMPDIR"):
+    monkeypatch.setattr(trained_archive, "_take", fail)
+    with pytest.raises(DiskFull, match=f"{NAME} does not fit into .*TMPDIR"):
         read_bytes(tar_bytes(cog_members()))
 
 

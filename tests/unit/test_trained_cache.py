@@ -16,9 +16,11 @@ import pytest
 
 from tests import fake_web
 from tests.fake_web import FakeWeb, Page
-from weights import download, errors, sources, trained_cache, transfer
-from weights.references import WebFile
-from weights.sources import CachedFile, Tokens, fetch, parse_source
+from weights import download, errors, transfer
+from weights.user import cache as trained_cache
+from weights.user import fetch as sources
+from weights.user.fetch import CachedFile, Tokens, fetch, parse_source
+from weights.user.parse import WebFile
 
 web = fake_web.web
 certificate = fake_web.certificate
@@ -377,10 +379,10 @@ def test_a_file_in_use_stays_though_the_budget_is_spent(
 def test_a_file_larger_than_the_budget_is_refused(web: FakeWeb, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WEIGHTS_CACHE_BYTES", "999")
     web.pages[PATH] = Page(CONTENT)
-    with pytest.raises(errors.NotEnoughDisk, match=r"200000 bytes.*999.*WEIGHTS_CACHE_BYTES"):
+    with pytest.raises(errors.DiskFull, match=r"200000 bytes.*999.*WEIGHTS_CACHE_BYTES"):
         get()
     assert web.downloads() == []
-    with pytest.raises(errors.NotEnoughDisk):
+    with pytest.raises(errors.DiskFull):
         get("data:;base64," + "AAAA" * 400)
     for wrong in ("20GB", "-1", "1.5"):
         monkeypatch.setenv("WEIGHTS_CACHE_BYTES", wrong)
@@ -425,7 +427,7 @@ def test_a_disk_with_little_room_is_cleared_first(web: FakeWeb, monkeypatch: pyt
     assert files() == {SHA256}
     free -= 1
     trained_cache.evict(0)
-    with pytest.raises(errors.NotEnoughDisk, match="WEIGHTS_CACHE"):
+    with pytest.raises(errors.DiskFull, match="WEIGHTS_CACHE"):
         get()
 
 

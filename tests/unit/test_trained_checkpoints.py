@@ -18,12 +18,12 @@ from tests.trained_files import (
     small_lora,
     tar_bytes,
 )
-from weights.checkpoint_formats import spell_checkpoint
 from weights.errors import BadWeights
-from weights.fit import check_fits
+from weights.formats.checkpoint import build_checkpoint_key_map
+from weights.formats.shape_checks import check_fits
+from weights.formats.types import ModelShapes
 from weights.miniature.architecture import build_vae, load_tokenizers
 from weights.miniature.evaluate import FOLDER
-from weights.trained import ModelShapes
 
 UNET = "model.diffusion_model."
 CLIP = "conditioner.embedders.0.transformer.text_model."
@@ -140,7 +140,7 @@ def test_stock_diffusers_reads_the_same(tmp_path):
 
 def sdxl_tensors():
     """What a file of the real model holds, without values."""
-    places = spell_checkpoint(sdxl_shapes(), WHOLE)
+    places = build_checkpoint_key_map(sdxl_shapes(), WHOLE)
     return {
         key: torch.empty(place.shape(sdxl_shapes()), device="meta") for key, place in places.items()
     }
@@ -148,7 +148,7 @@ def sdxl_tensors():
 
 def test_the_real_models_names_are_those_of_diffusers_converters():
     tensors = sdxl_tensors()
-    places = spell_checkpoint(sdxl_shapes(), WHOLE)
+    places = build_checkpoint_key_map(sdxl_shapes(), WHOLE)
     # sd_xl_base_1.0.safetensors has 2,515: 248 of the VAE, position_ids and logit_scale.
     assert len(tensors) == 2515 - 248 - 2
     config = {"layers_per_block": 2, "addition_embed_type": "text_time"}
@@ -222,7 +222,7 @@ REAL_NAMES = {
 
 
 def test_real_names_are_known():
-    places = spell_checkpoint(sdxl_shapes(), WHOLE)
+    places = build_checkpoint_key_map(sdxl_shapes(), WHOLE)
     assert {key: places[key].parameters for key in REAL_NAMES} == {
         key: (name,) for key, name in REAL_NAMES.items()
     }
@@ -273,7 +273,7 @@ REFUSED = {
         {f"{CLIP}final_layer_norm.bias": torch.zeros(65)},
         "does not fit this model: 1 of 423 tensors, the first"
         f" '{CLIP}final_layer_norm.bias' with (65,) for (64,); it seems to be for a model that we"
-        " do not know (it hears text of width 128)",
+        " do not know (its text is 128 wide)",
     ),
     "another fused shape": (
         {f"{OPEN_CLIP}transformer.resblocks.0.attn.in_proj_weight": torch.zeros(64, 64)},
@@ -281,10 +281,10 @@ REFUSED = {
     ),
     "another UNet": (
         {f"{UNET}time_embed.cond_proj.weight": torch.zeros(2, 2)},
-        f"tensors of the UNet that this model has not, the first '{UNET}time_embed.cond_proj",
+        f"tensors of the UNet that this model lacks, the first '{UNET}time_embed.cond_proj",
     ),
     "inpainting": ({FIRST: NINE}, "a checkpoint for inpainting: its UNet has 9 input channels"),
-    "instructions": ({FIRST: NINE[:, :8].clone()}, "for changing pictures by instructions"),
+    "instructions": ({FIRST: NINE[:, :8].clone()}, "for editing images by instructions"),
     "three channels": ({FIRST: NINE[:, :3].clone()}, "with (32, 3, 3, 3) for (32, 4, 3, 3)"),
     "v-prediction": (
         {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])},
@@ -347,17 +347,23 @@ OTHERS = {
     "SD 2": (small("cond_stage_model.model.x", f"{UNET}out.2.weight"), "of Stable Diffusion 2"),
     "SD 1.5's UNet": (
         small(f"{UNET}input_blocks.1.1.x.attn2.to_k.weight", f"{UNET}out.2.x", shape=(320, 768)),
-        "it seems to be for Stable Diffusion 1.5 (it hears text of width 768)",
+        "it seems to be for Stable Diffusion 1.5 (its text is 768 wide)",
     ),
     "refiner's UNet": (
         small(f"{UNET}input_blocks.9.1.x.attn2.to_k.weight", f"{UNET}out.2.x", shape=(8, 1280)),
-        "it seems to be for the refiner of Stable Diffusion XL",
+        "or the refiner of Stable Diffusion XL (its text is 1280 wide)",
     ),
-    "FLUX": (small(f"{UNET}double_blocks.0.img_attn.proj.weight", "x"), "of FLUX or SD3"),
-    "SD 3": (small(f"{UNET}joint_blocks.0.x_block.attn.qkv.weight", "x"), "of FLUX or SD3"),
+    "FLUX": (
+        small(f"{UNET}double_blocks.0.img_attn.proj.weight", "x"),
+        "of a diffusion transformer (FLUX",
+    ),
+    "SD 3": (
+        small(f"{UNET}joint_blocks.0.x_block.attn.qkv.weight", "x"),
+        "of a diffusion transformer (FLUX",
+    ),
     "Wan": (small(f"{UNET}blocks.0.cross_attn.k.weight", "x"), "of a diffusion transformer"),
     "ControlNet": (small("control_model.x", f"{UNET}out.2.weight"), "is a ControlNet"),
-    "text encoders": (small(f"{CLIP}x", f"{OPEN_CLIP}y"), "the text encoders of a checkpoint, wi"),
+    "text encoders": (small(f"{CLIP}x", f"{OPEN_CLIP}y"), "is a text encoder, and cannot be used"),
     "VAE": (small("first_stage_model.x", "first_stage_model.y"), "is a VAE"),
 }
 
@@ -389,7 +395,9 @@ def sparse_file(path, tensors):
 
 
 def test_a_large_file_is_refused_by_its_header(tmp_path, shapes, monkeypatch):
-    monkeypatch.setattr("weights.safe_file.safe_open", lambda *_, **__: pytest.fail("it was read"))
+    monkeypatch.setattr(
+        "weights.formats.safetensors_checks.safe_open", lambda *_, **__: pytest.fail("it was read")
+    )
     tensors = sdxl_tensors()
     path = sparse_file(tmp_path / "x.safetensors", tensors)
     with pytest.raises(BadWeights, match="it seems to be for Stable Diffusion XL"):
@@ -403,7 +411,7 @@ def test_a_large_file_is_refused_by_its_header(tmp_path, shapes, monkeypatch):
 def test_the_miniatures_checkpoint_is_none_of_sdxl(tmp_path, tensors):
     path = tmp_path / "x.safetensors"
     save_file(tensors, path)
-    with pytest.raises(BadWeights, match="tensors of the UNet that this model has not"):
+    with pytest.raises(BadWeights, match="tensors of the UNet that this model lacks"):
         read(path, sdxl_shapes())
 
 

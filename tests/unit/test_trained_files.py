@@ -12,9 +12,9 @@ from tests.trained_files import (
     read,
     small_lora,
 )
-from weights import safe_file
 from weights.errors import BadWeights
-from weights.trained import read_trained
+from weights.formats import safetensors_checks
+from weights.formats.read import read_trained
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_missing_file_is_the_callers_mistake(tmp_path):
 
 def test_a_long_header_is_refused_before_it_is_parsed(tmp_path):
     path = tmp_path / "x.safetensors"
-    length = safe_file.MAX_HEADER_BYTES + 8
+    length = safetensors_checks.MAX_HEADER_BYTES + 8
     with path.open("wb") as file:
         file.write(length.to_bytes(8, "little") + b"{")
         file.truncate(8 + length)
@@ -62,7 +62,7 @@ def test_a_long_header_is_refused_before_it_is_parsed(tmp_path):
 
 
 def test_too_many_tensors_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(safe_file, "MAX_TENSORS", 3)
+    monkeypatch.setattr(safetensors_checks, "MAX_TENSORS", 3)
     path = tmp_path / "x.safetensors"
     path.write_bytes(save({str(i): torch.ones(1) for i in range(4)}))
     with pytest.raises(BadWeights, match="4 tensors; 3 are allowed"):

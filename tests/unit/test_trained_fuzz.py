@@ -22,7 +22,7 @@ from tests.trained_files import (
     zip_bytes,
 )
 from weights.errors import BadWeights
-from weights.trained import TrainedWeights
+from weights.formats.types import TrainedWeights
 
 FUZZ = settings(
     max_examples=60,

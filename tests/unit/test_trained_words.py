@@ -17,7 +17,7 @@ from tests.trained_files import (
     zip_bytes,
 )
 from weights.errors import BadWeights
-from weights.trained import ModelShapes, Pooling
+from weights.formats.types import ModelShapes, Pooling
 
 TWO = torch.arange(2.0 * WIDTH).reshape(2, WIDTH)
 
@@ -131,8 +131,8 @@ UNFIT = {
     "nan": ({"clip_l": TWO * torch.nan}, "not finite"),
     "no rows": ({"clip_l": TWO[:0]}, "is empty"),
     "two nameless": ({"string_to_param.a": TWO, "string_to_param.b": TWO}, "2 words in an old"),
-    "bundle without a word": ({"bundle_emb.clip_l": TWO}, "a name that we do not know"),
-    "bundle of one more": ({"bundle_emb.a.t5": TWO}, "a name that we do not know"),
+    "bundle without a word": ({"bundle_emb.clip_l": TWO}, "an unknown name"),
+    "bundle of one more": ({"bundle_emb.a.t5": TWO}, "an unknown name"),
     "bundled bell": (bundle("a\u0007"), "nobody can type"),
     "bundled space": (bundle(" "), "nobody can type"),
 }  # fmt: skip

@@ -17,7 +17,7 @@ from preprocess.picture_formats import begins_like_photo, picture_suffixes
 from tests.image_corpus import corpus, encode, orientation, plain
 from tests.packed import gz_bytes, tar_bytes, tar_info, zip_bytes
 from tests.photos import LABEL, SIZE, photo, photos, png_header, zipped
-from weights import unpack
+from weights.formats.archive import Member
 
 PACKERS = {
     "zip": zip_bytes,
@@ -254,7 +254,7 @@ def twice():
 BAD = {
     # name: (content, error, what the message has to say, and its remedy)
     "empty file": (b"", BadArchive, "is an empty file", "send a zip, tar"),
-    "one photo": (ONE, BadArchive, "is a JPEG picture, not an archive", "send a zip, tar"),
+    "one photo": (ONE, BadArchive, "is a JPEG image, not an archive", "send a zip, tar"),
     "web page": (b"<html>log in</html>", BadArchive, "is a web page", "send a zip, tar"),
     "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(99), BadArchive, "is a 7z archive", "send a zip, tar"),
     "rar": (b"Rar!\x1a\x07" + bytes(99), BadArchive, "is a RAR archive", "send a zip, tar"),
@@ -407,7 +407,7 @@ def test_a_full_disk_says_so(names_in, folder, monkeypatch, pack):
         path.write_bytes(b"a part")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(unpack.OpenMember, "save", fail)
+    monkeypatch.setattr(Member, "save", fail)
     with pytest.raises(DiskFull, match=f"^{LABEL} does not fit .*: the disk is full; free some"):
         names_in(pack(GOOD))
 
@@ -425,7 +425,7 @@ def test_another_error_of_the_disk_stays_what_it_is(names_in, monkeypatch):
     def fail(self, path):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(unpack.OpenMember, "save", fail)
+    monkeypatch.setattr(Member, "save", fail)
     with pytest.raises(OSError, match="Input/output"):
         names_in(zip_bytes(GOOD))
 

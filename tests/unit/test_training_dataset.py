@@ -10,7 +10,13 @@ from PIL import Image
 
 from tests.unit.test_training_config import plan
 from training import dataset
-from training.dataset import Example, Latents, Noise, Order, View
+from training.dataset import (
+    BatchSlots,
+    BucketBatchSampler,
+    CachedExample,
+    Example,
+    LatentView,
+)
 from training.errors import InvalidTraining
 
 EXAMPLE = Example(
@@ -18,19 +24,20 @@ EXAMPLE = Example(
 )
 
 
-def latents(caption: str, size: tuple[int, int] = (2, 3), views: int = 1) -> Latents:
-    view = View(torch.zeros(4, *size), torch.zeros(4, *size), torch.ones(1, *size))
-    return Latents((view,) * views, torch.arange(6.0), caption)
+def latents(caption: str, size: tuple[int, int] = (2, 3), views: int = 1) -> CachedExample:
+    view = LatentView(torch.zeros(4, *size), torch.zeros(4, *size), torch.ones(1, *size))
+    return CachedExample((view,) * views, torch.arange(6.0), caption)
 
 
-NOISE = Noise(scaling_factor=2.0, n_timesteps=1000)
+SCALE, N_TIMESTEPS = 2.0, 1000
 DATA = [latents(f"caption {i} of a TOK") for i in range(6)]
 
 
-def draw(places: range, number: int = 0, data=DATA, **settings):
+def sample(slots: range, number: int = 0, data=DATA, **settings):
     made = plan(**{"seed": 1, "caption_dropout": 0.0, **settings})
-    items = [data[place] for place in places]
-    return dataset.draw(items, dataset.TRAINING, number, places, len(data), made, NOISE)
+    items = [data[slot] for slot in slots]
+    where = BatchSlots(dataset.TRAINING, number, slots, len(data))
+    return dataset.sample_batch(items, where, made, SCALE, N_TIMESTEPS)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +51,7 @@ def draw(places: range, number: int = 0, data=DATA, **settings):
         ),
     ],
 )
-def test_pictures_that_cannot_be_trained_on(changes, message):
+def test_images_that_cannot_be_trained_on(changes, message):
     with pytest.raises(InvalidTraining, match=message):
         dataset.check_examples([replace(EXAMPLE, **changes)], "example")
 
@@ -102,7 +109,7 @@ def test_mirrored_pictures_have_mirrored_masks():
 
 
 def take(sizes, batch: int, count: int, seed: int = 0) -> list[list[int]]:
-    return list(itertools.islice(Order(sizes, batch, seed).batches(), count))
+    return list(itertools.islice(BucketBatchSampler(sizes, batch, seed), count))
 
 
 def test_every_example_comes_once_a_round():
@@ -130,7 +137,7 @@ def test_the_order_is_the_seed_s():
 
 
 def test_a_batch_is_the_same_however_it_is_shared():
-    whole, first, second = draw(range(6)), draw(range(3)), draw(range(3, 6))
+    whole, first, second = sample(range(6)), sample(range(3)), sample(range(3, 6))
     for name in ("latents", "noise", "timesteps", "time_ids", "mask"):
         parts = torch.cat([getattr(first, name), getattr(second, name)])
         assert torch.equal(parts, getattr(whole, name)), name
@@ -146,37 +153,40 @@ def test_captions_belong_to_their_latents():
     ]
     items = [data[i] for i in (2, 0, 3)]
     made = plan(seed=1, caption_dropout=0.0)
-    batch = dataset.draw(items, dataset.TRAINING, 0, range(3), 3, made, NOISE)
+    where = BatchSlots(dataset.TRAINING, 0, range(3), 3)
+    batch = dataset.sample_batch(items, where, made, SCALE, N_TIMESTEPS)
     assert batch.captions == ["2", "0", "3"]
     assert batch.latents[:, 0, 0, 0].tolist() == [4, 0, 6]  # scaled by 2
 
 
 def test_noise_is_new_in_each_step_and_place():
-    batches = [draw(range(6), number) for number in (0, 1)]
+    batches = [sample(range(6), number) for number in (0, 1)]
     assert len({tuple(row.flatten().tolist()) for b in batches for row in b.noise}) == 12
 
 
 def test_latents_are_sampled_anew():
     view = replace(DATA[0].views[0], std=torch.ones(4, 2, 3))
     data = [replace(DATA[0], views=(view,))]
-    first, second = (draw(range(1), number, data).latents for number in (0, 1))
+    first, second = (sample(range(1), number, data).latents for number in (0, 1))
     assert not torch.equal(first, second)
     assert first.std() > 0.3
 
 
 def test_timesteps_cover_the_range():
     for number in range(20):
-        steps = draw(range(6), number).timesteps
+        steps = sample(range(6), number).timesteps
         assert all(abs(s * 6 / 1000 - k - 0.5) < 0.51 for k, s in enumerate(steps.tolist()))
 
 
 def test_caption_dropout_drops_its_share():
-    dropped = [c == "" for n in range(100) for c in draw(range(6), n, caption_dropout=0.3).captions]
+    dropped = [
+        c == "" for n in range(100) for c in sample(range(6), n, caption_dropout=0.3).captions
+    ]
     assert sum(dropped) / len(dropped) == pytest.approx(0.3, abs=0.06)
 
 
 def test_noise_offset_moves_whole_channels():
-    plain, moved = (draw(range(6), noise_offset=o).noise for o in (0.0, 0.5))
+    plain, moved = (sample(range(6), noise_offset=o).noise for o in (0.0, 0.5))
     shift = (moved - plain).flatten(2)
     assert shift.std(dim=2).max() < 1e-6
     assert shift.mean(dim=2).std() == pytest.approx(0.5, rel=0.5)
@@ -185,5 +195,5 @@ def test_noise_offset_moves_whole_channels():
 def test_mirrored_views_are_shown_half_of_the_time():
     views = tuple(replace(DATA[0].views[0], mean=torch.full((4, 2, 3), float(k))) for k in (0, 1))
     data = [replace(DATA[0], views=views)]
-    seen = [draw(range(1), n, data).latents.mean().item() / 2 for n in range(200)]
+    seen = [sample(range(1), n, data).latents.mean().item() / 2 for n in range(200)]
     assert 0.35 < sum(seen) / len(seen) < 0.65

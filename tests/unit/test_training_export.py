@@ -23,21 +23,20 @@ from tests.trained_files import (
     read,
     sdxl_shapes,
 )
-from tests.unit.test_training_config import plan
+from tests.unit.test_training_config import MINIATURE_SDXL, plan
 from training import export
-from training.base_models import MINIATURE_SDXL, Method
-from training.config import LoraFormat
+from training.config import LoraFormat, Method
 from training.errors import DiskFull
 from training.loop import Trained
 from training.progress import History
-from weights import trained_export
-from weights.trained_export import (
+from weights.formats import write as trained_export
+from weights.formats.types import LoraDelta, Pooling, TokenVectors, TrainedWeights
+from weights.formats.write import (
     cog_sdxl_lora,
     hashes,
     kohya_lora,
     write_safetensors,
 )
-from weights.trained_types import LoraDelta, Pooling, TokenVectors, TrainedWeights
 
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 RANK, ALPHA = 4, 2.0
@@ -48,7 +47,11 @@ class Model:
 
     spec, prediction_type = MINIATURE_SDXL, "v_prediction"
 
-    def modules(self):
+    @property
+    def components(self):
+        return self
+
+    def adaptable(self):
         return model_parts()
 
 

@@ -5,10 +5,10 @@ import tempfile
 import pytest
 
 import train as boundary
-from preprocess import prepare as preparation
 from script.tools.arguments import as_cog_gives_them, parse_inputs
-from script.tools.schema import document
+from script.tools.openapi import document
 from script.tools.train import COMPONENT, ROOT
+from training import run
 
 SCHEMA = document(ROOT)
 # name → what it is set to, and what that takes beside it
@@ -58,6 +58,9 @@ INPUTS: dict[str, tuple[str, ...]] = {
     "compile_unet": ("true",),
     "validation": ("false",),
     "preview_prompts": ('["a TOK"]',),
+    "text_encoder_lr": ("0.5", "train_text_encoder=true", "lora_format=kohya"),
+    "max_grad_norm": ("0.5",),
+    "gradient_checkpointing": ("true",),
     "preview_steps": ("3", 'preview_prompts=["a TOK"]'),
 }
 
@@ -86,7 +89,7 @@ def settings(tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(boundary, "resolve", note)
-            patch.setattr(preparation, "prepare", stop)
+            patch.setattr(run, "prepare", stop)
             inputs = parse_inputs(["input_images=@photos.zip", *flags], SCHEMA, COMPONENT, tmp_path)
             with pytest.raises(Reached):
                 boundary.train(**as_cog_gives_them(inputs, SCHEMA, COMPONENT))

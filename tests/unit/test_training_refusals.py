@@ -17,7 +17,7 @@ from tests.unit.test_training_archive import BAD as BAD_ARCHIVES
 from tests.unit.test_training_captions import BAD as BAD_CAPTIONS
 from tests.unit.test_training_captions import NAMES
 from training import model as base_model
-from weights import unpack
+from weights.formats import archive
 
 GOOD = zip_bytes(photos("a.jpg", "b.jpg") | {"a.txt": b"a TOK", "b.txt": b"a red TOK"})
 UNCAPTIONED = zip_bytes(photos("a.jpg", "b.jpg"))
@@ -46,7 +46,7 @@ SETTINGS = {
     ),
     "Adafactor for a LoRA": (GOOD, {"optimizer": "adafactor"}, "is adafactor", "use adamw"),
     "a prior without a class": (
-        GOOD, {"prior_preservation": "class_images"}, "class_prompt empty", "say what",
+        GOOD, {"prior_preservation": "class_images"}, "class_prompt empty", "name the class",
     ),
     "a class without a prior": (
         GOOD, {"class_prompt": "a dog"}, "class_prompt is 'a dog'", "set that to",
@@ -138,7 +138,7 @@ def test_a_full_disk(refused, monkeypatch):
         path.write_bytes(b"a part")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(unpack.OpenMember, "save", save)
+    monkeypatch.setattr(archive.Member, "save", save)
     said = refused(GOOD, {})
     assert "input_images does not fit into" in said
     assert "the disk is full; free some room" in said

@@ -6,14 +6,12 @@ from html.parser import HTMLParser
 
 from PIL import Image
 
-from training.base_models import MINIATURE_SDXL
-from training.config import TrainConfig, resolve
+from tests.unit.test_training_config import MINIATURE_SDXL, plan
 from training.dataset import Example
-from training.progress import HeldOutLoss, History, Previews, StepDone, WordFrozen
+from training.progress import HeldOutLoss, History, Previews, StepDone, TokensFrozen
 from training.report import render_report
 
-CONFIG = TrainConfig(seed=3, preview_prompts=("a <b>TOK</b>",))
-PLAN = resolve(CONFIG, MINIATURE_SDXL, n_examples=8)
+PLAN = plan(8, MINIATURE_SDXL, seed=3, preview_prompts=("a <b>TOK</b>",))
 EXAMPLE = Example(
     "cats/<1>.jpg",
     Image.new("RGB", (96, 64), "red"),
@@ -27,8 +25,8 @@ EXAMPLE = Example(
 def history() -> History:
     course = History()
     for step in range(1, 41):
-        course.record(StepDone(step, 1 / step, None, {"lora": 1e-3}, 0.1, 1.0))
-    course.record(WordFrozen(20))
+        course.record(StepDone(step, 1 / step, None, {"lora": 1e-3}, 0.1))
+    course.record(TokensFrozen(20))
     course.record(HeldOutLoss(40, 0.5))
     return course
 
@@ -85,5 +83,5 @@ def test_a_training_of_no_steps_has_no_chart():
 def test_the_settings_are_those_of_the_plan():
     settings = dict(re.findall(r"<tr><th>([^<]+)<td>([^<]*)</tr>", page()))
     assert settings["seed"] == "3"
-    assert settings["lora_rank"] == str(PLAN.lora.rank)
+    assert settings["lora_rank"] == str(PLAN.lora_rank)
     assert "class_prompt" not in settings

@@ -308,7 +308,7 @@ def test_a_disk_without_room_is_noticed_before_the_first_byte(
     usage = shutil.disk_usage(workplace.cache.parent)
     needed = sum(map(len, TOY_FILES.values())) + download.DISK_MARGIN_BYTES
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
-    with pytest.raises(errors.NotEnoughDisk, match=rf"{needed - 1} free.*WEIGHTS_CACHE"):
+    with pytest.raises(errors.DiskFull, match=rf"{needed - 1} free.*WEIGHTS_CACHE"):
         fetch()
     assert workplace.hub.requests == []
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
@@ -341,7 +341,7 @@ def test_a_disk_that_fills_up_on_the_way(workplace: Workplace, monkeypatch: pyte
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", open_on_full_disk)
-        with pytest.raises(errors.NotEnoughDisk, match=rf"{BIG} from .*{BIG_BYTES - room} bytes"):
+        with pytest.raises(errors.DiskFull, match=rf"{BIG} from .*{BIG_BYTES - room} bytes"):
             fetch()
     assert_final_name_absent(workplace.cache, BIG)
     workplace.hub.forget()

@@ -1,0 +1,1 @@
+"""File formats of trained weights: detected, validated, read and written."""
