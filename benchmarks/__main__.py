@@ -7,6 +7,8 @@ import argparse
 import importlib
 import sys
 
+from benchmarks import environment
+
 COMMANDS = ("images", "host", "start", "training", "files", "plot")
 ALIASES = {"pictures": "images"}
 
@@ -22,7 +24,9 @@ def main(argv: list[str]) -> None:
         prog=f"script/bench {given.command}", description=module.__doc__
     )
     module.add_arguments(command)
-    module.run(command.parse_args(given.options), command)
+    options = command.parse_args(given.options)
+    environment.check(options, command)
+    module.run(options, command)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from shutil import copytree
 from tempfile import TemporaryDirectory
@@ -103,34 +102,34 @@ _VIT_L = {
 }
 
 
-@dataclass(frozen=True)
-class _ClipText:
-    """The sizes of a CLIP text encoder."""
-
-    width: int
-    layers: int
-    heads: int
-    activation: str
-    projection: int
-
-    def config(self) -> CLIPTextConfig:
-        return CLIPTextConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=self.width,
-            intermediate_size=4 * self.width,
-            projection_dim=self.projection,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            hidden_act=self.activation,
-            bos_token_id=0,
-            eos_token_id=2,
-            pad_token_id=1,
-        )
+def _clip(
+    width: int, layers: int, heads: int, activation: str, projection: int | None = None
+) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=projection or width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        hidden_act=activation,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=1,
+    )
 
 
-_CLIP_L = _ClipText(768, 12, 12, "quick_gelu", projection=768)
-_OPENCLIP_H = _ClipText(1024, 23, 16, "gelu", projection=512)  # without its last layer
-_OPENCLIP_BIGG = _ClipText(1280, 32, 20, "gelu", projection=1280)
+def _clip_l() -> CLIPTextModel:
+    return CLIPTextModel(_clip(768, 12, 12, "quick_gelu"))
+
+
+def _openclip_h() -> CLIPTextModel:
+    """Build it without its last layer."""
+    return CLIPTextModel(_clip(1024, 23, 16, "gelu", projection=512))
+
+
+def _openclip_bigg() -> CLIPTextModelWithProjection:
+    return CLIPTextModelWithProjection(_clip(1280, 32, 20, "gelu"))
 
 
 def _vae(scaling_factor: float, sample_size: int) -> AutoencoderKL:
@@ -166,15 +165,15 @@ def _nsfw_detector() -> ViTForImageClassification:
 # A model's networks by the folder that each has in the hub's layout.
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "sdxl/unet": lambda: UNet2DConditionModel(**_SDXL_UNET),
-    "sdxl/text_encoder": lambda: CLIPTextModel(_CLIP_L.config()),
-    "sdxl/text_encoder_2": lambda: CLIPTextModelWithProjection(_OPENCLIP_BIGG.config()),
+    "sdxl/text_encoder": _clip_l,
+    "sdxl/text_encoder_2": _openclip_bigg,
     "sdxl-vae": lambda: _vae(0.13025, 1024),
     "sdxl-refiner/unet": lambda: UNet2DConditionModel(**_REFINER_UNET),
     "sd15/unet": lambda: UNet2DConditionModel(**_SD15_UNET),
-    "sd15/text_encoder": lambda: CLIPTextModel(_CLIP_L.config()),
+    "sd15/text_encoder": _clip_l,
     "sd15/vae": lambda: _vae(0.18215, 512),
     "sd21/unet": lambda: UNet2DConditionModel(**_SD21_UNET),
-    "sd21/text_encoder": lambda: CLIPTextModel(_OPENCLIP_H.config()),
+    "sd21/text_encoder": _openclip_h,
     "sd21/vae": lambda: _vae(0.18215, 512),
     "sdxl-controlnet": lambda: ControlNetModel(**_SDXL_CONTROLNET),
     # xinsir's promax model, for eight types of map

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import CLIPImageProcessor
 
 from benchmarks import environment
-from benchmarks.baseline_diffusers import HIGH_NOISE_FRAC, Diffusers, PipelineCall, save
+from benchmarks.baseline_diffusers import HIGH_NOISE_FRAC, Diffusers, call, save
 from benchmarks.baseline_lora import MATRICES, LoraProcessor
 from benchmarks.sides import Side
 from benchmarks.workloads import LORA_SCALE, PROMPT, Workload
@@ -51,7 +50,6 @@ class CogSdxl(Side):
         self.use_lora(lora)
 
     def prepare(self, workload: Workload) -> None:
-        """Load what the workload needs beside the model."""
         if workload.is_refined and self._refiner is None:
             self.stock.prepare(workload)
             self._refiner = diffusers.StableDiffusionXLImg2ImgPipeline(
@@ -87,7 +85,6 @@ class CogSdxl(Side):
             self._pipeline.watermark = watermark
 
     def run(self, workload: Workload, seed: int, folder: Path) -> list[Path]:
-        """Make one request, its files in `folder`."""
         with torch.inference_mode():
             images = self._generate(workload, seed)
             unsafe = self._unsafe(images)
@@ -98,20 +95,17 @@ class CogSdxl(Side):
         return save(safe, folder, "cog-sdxl")
 
     def _generate(self, workload: Workload, seed: int) -> Any:  # noqa: ANN401
-        pipeline, size = self._pipeline, self.stock.size
+        pipeline = self._pipeline
+        size = {"width": self.stock.size, "height": self.stock.size}
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-        count = workload.num_outputs
-        call = replace(
-            PipelineCall.of(workload, seed),
-            prompt=[PROMPT] * count,
-            negative_prompt=[""] * count,
-            num_images_per_prompt=1,
-        )
+        common = call(workload, seed)
+        count = common.pop("num_images_per_prompt")
+        common |= {"prompt": [PROMPT] * count, "negative_prompt": [""] * count}
         if not workload.is_refined:
-            return pipeline(**vars(call), width=size, height=size).images
-        ensemble = {"output_type": "latent", "denoising_end": HIGH_NOISE_FRAC}
-        latents = pipeline(**vars(call), width=size, height=size, **ensemble).images
-        return self._refiner(**vars(call), image=latents, denoising_start=HIGH_NOISE_FRAC).images
+            return pipeline(**common, **size).images
+        share = HIGH_NOISE_FRAC
+        latents = pipeline(**common, **size, denoising_end=share, output_type="latent").images
+        return self._refiner(**common, image=latents, denoising_start=share).images
 
     def _unsafe(self, images: Sequence[Image.Image]) -> list[bool]:
         stock = self.stock

@@ -9,7 +9,6 @@ and the VAE's decoder, in bf16 on a GPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,29 +36,16 @@ CANNY_THRESHOLDS = (100, 200)
 CONTROL_SCALE, UNION_CANNY = 0.75, 3  # and the type's number in ControlNetUnionModel
 
 
-@dataclass(frozen=True)
-class PipelineCall:
-    """The arguments that all pipelines take alike."""
-
-    num_inference_steps: int
-    guidance_scale: float
-    generator: list[torch.Generator]  # one for each image, on the CPU, as ours
-    prompt: str | list[str] = PROMPT
-    negative_prompt: str | list[str] = ""  # as ours; without one, SDXL takes zeros
-    num_images_per_prompt: int = 1
-
-    @classmethod
-    def of(cls, workload: Workload, seed: int) -> PipelineCall:
-        """Return the arguments of a workload."""
-        count = workload.num_outputs
-        generators = [torch.Generator().manual_seed(seed + k) for k in range(count)]
-        return cls(workload.steps, workload.guidance_scale, generators, num_images_per_prompt=count)
-
-
 class Diffusers(Side):
     """The stock pipeline of one model."""
 
-    def __init__(self, model: str, pipeline: Any, size: int, control_image: Path | None) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        model: str,
+        pipeline: Any,  # noqa: ANN401
+        size: int,
+        control_image: Path | None = None,
+    ) -> None:
         """`size` is that of its square images, in pixels."""
         super().__init__()
         self.spec, self.size = environment.spec(model), size
@@ -84,7 +70,6 @@ class Diffusers(Side):
         return side
 
     def prepare(self, workload: Workload) -> None:
-        """Load what the workload needs beside the model."""
         if workload.is_refined and self.refiner is None:
             self.refiner = self._load_refiner()
         if workload.control_type and self._controlnet is None:
@@ -112,25 +97,24 @@ class Diffusers(Side):
         return _without_progress_bar(refiner.to(self.device))
 
     def run(self, workload: Workload, seed: int, folder: Path) -> list[Path]:
-        """Make one request, its files in `folder`."""
         return save(self._generate(workload, seed), folder, "diffusers")
 
     def _generate(self, workload: Workload, seed: int) -> Any:  # noqa: ANN401
+        common = call(workload, seed)
         size = {"width": self.size, "height": self.size}
-        call = dict(vars(PipelineCall.of(workload, seed)))
-        pipeline: Any = self.base
         if workload.control_type:
-            pipeline = self._controlnet
-            call |= {
-                "control_image": [self._edges()],
-                "control_mode": [UNION_CANNY],
-                "controlnet_conditioning_scale": CONTROL_SCALE,
-            }
+            return self._controlnet(
+                **common,
+                **size,
+                control_image=[self._edges()],
+                control_mode=[UNION_CANNY],
+                controlnet_conditioning_scale=CONTROL_SCALE,
+            ).images
         if not workload.is_refined:
-            return pipeline(**call, **size).images
-        ensemble = {"denoising_end": HIGH_NOISE_FRAC, "output_type": "latent"}
-        latents = pipeline(**call, **size, **ensemble).images
-        return self.refiner(**call, image=latents, denoising_start=HIGH_NOISE_FRAC).images
+            return self.base(**common, **size).images
+        share = HIGH_NOISE_FRAC
+        latents = self.base(**common, **size, denoising_end=share, output_type="latent").images
+        return self.refiner(**common, image=latents, denoising_start=share).images
 
     def _edges(self) -> Image.Image:
         """Return the control map, made as the ControlNets' own pages make it."""
@@ -138,6 +122,20 @@ class Diffusers(Side):
         image = Image.open(self._control_image).convert("RGB").resize((self.size, self.size))
         edges = cv2.Canny(np.array(image), *CANNY_THRESHOLDS)
         return Image.fromarray(np.repeat(edges[..., None], 3, axis=2))
+
+
+def call(workload: Workload, seed: int) -> dict[str, Any]:
+    """Return the arguments that all pipelines take alike."""
+    count = workload.num_outputs
+    return {
+        "prompt": PROMPT,
+        "negative_prompt": "",  # as ours; without one, SDXL takes zeros
+        "num_inference_steps": workload.steps,
+        "guidance_scale": workload.guidance_scale,
+        # One for each image, on the CPU, as ours.
+        "generator": [torch.Generator().manual_seed(seed + k) for k in range(count)],
+        "num_images_per_prompt": count,
+    }
 
 
 def save(images: Sequence[Image.Image], folder: Path, name: str) -> list[Path]:
@@ -149,30 +147,22 @@ def save(images: Sequence[Image.Image], folder: Path, name: str) -> list[Path]:
 
 
 def _load(spec: BaseModelSpec, dtype: torch.dtype) -> Any:  # noqa: ANN401
-    replaced = {}
+    is_sdxl = spec.architecture is Architecture.SDXL
+    options: dict[str, Any] = {"add_watermarker": False}
+    if not is_sdxl:
+        options = {"safety_checker": None, "requires_safety_checker": False}
     if "vae" in spec.components_from:
         folder = environment.folder(spec.components_from["vae"])
         folder = folder / "vae" if (folder / "vae").is_dir() else folder
         variant = "fp16" if any(folder.glob("*.fp16.*")) else None
-        replaced["vae"] = diffusers.AutoencoderKL.from_pretrained(
+        options["vae"] = diffusers.AutoencoderKL.from_pretrained(
             folder, variant=variant, dtype=dtype
         )
+    cls = diffusers.StableDiffusionXLPipeline if is_sdxl else diffusers.StableDiffusionPipeline
     folder = environment.folder(spec.weights)
-    if spec.architecture is Architecture.SDXL:
-        pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(
-            folder, variant="fp16", dtype=dtype, add_watermarker=False, **replaced
-        )
-        # As published; diffusers heeds it in fp16 alone.
+    pipeline = cls.from_pretrained(folder, variant="fp16", dtype=dtype, **options)
+    if is_sdxl:  # as published; diffusers heeds it in fp16 alone
         pipeline.vae.register_to_config(force_upcast=True)
-    else:
-        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
-            folder,
-            variant="fp16",
-            dtype=dtype,
-            safety_checker=None,
-            requires_safety_checker=False,
-            **replaced,
-        )
     if spec.adapter is not None:
         (file,) = environment.folder(spec.adapter).glob("*.safetensors")
         _merge_lora(pipeline.unet, file)

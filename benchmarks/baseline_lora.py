@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,19 +11,12 @@ from torch.nn import functional
 MATRICES = ("to_q_lora", "to_k_lora", "to_v_lora", "to_out_lora")
 
 
-class _LoraLinear(nn.Module):
-    """LoRALinearLayer."""
-
-    def __init__(self, n_in: int, n_out: int, rank: int) -> None:
-        super().__init__()
-        self.down = nn.Linear(n_in, rank, bias=False)
-        self.up = nn.Linear(rank, n_out, bias=False)
-        nn.init.normal_(self.down.weight, std=1 / rank)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, states: Tensor) -> Tensor:
-        result: Tensor = self.up(self.down(states.to(self.down.weight.dtype)))
-        return result.to(states.dtype)
+def _lora_linear(n_in: int, n_out: int, rank: int) -> nn.Module:
+    """Build a LoRALinearLayer."""
+    down, up = nn.Linear(n_in, rank, bias=False), nn.Linear(rank, n_out, bias=False)
+    nn.init.normal_(down.weight, std=1 / rank)
+    nn.init.zeros_(up.weight)
+    return nn.Sequential(OrderedDict(down=down, up=up))
 
 
 class LoraProcessor(nn.Module):
@@ -33,7 +27,7 @@ class LoraProcessor(nn.Module):
         self._scale = scale
         linear = (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
         for name, matrix in zip(MATRICES, linear, strict=True):
-            setattr(self, name, _LoraLinear(matrix.in_features, matrix.out_features, rank))
+            setattr(self, name, _lora_linear(matrix.in_features, matrix.out_features, rank))
 
     def __call__(
         self,
@@ -45,8 +39,9 @@ class LoraProcessor(nn.Module):
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
 
         def project(layer: Any, lora: Any, states: Tensor) -> Tensor:  # noqa: ANN401
-            result: Tensor = layer(states) + self._scale * lora(states)
-            return result
+            change: Tensor = lora(states.to(lora.down.weight.dtype)).to(states.dtype)
+            projected: Tensor = layer(states) + self._scale * change
+            return projected
 
         def heads(x: Tensor) -> Tensor:
             return x.reshape(*x.shape[:2], attn.heads, -1).transpose(1, 2)

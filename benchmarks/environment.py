@@ -20,12 +20,6 @@ if TYPE_CHECKING:
 _VARIABLES = ("WEIGHTS_EDITION", "DEVICE", "WEIGHTS_CACHE", "MODEL", "PRELOAD", "MAX_MODEL_GB")
 
 
-def add_arguments(parser: argparse.ArgumentParser, runs: int, counted: str) -> None:
-    """Add --cpu and --runs, of what is `counted`."""
-    add_cpu(parser)
-    add_runs(parser, runs, counted)
-
-
 def add_cpu(parser: argparse.ArgumentParser) -> None:
     """Add --cpu."""
     parser.add_argument(
@@ -38,20 +32,16 @@ def add_cpu(parser: argparse.ArgumentParser) -> None:
 
 def add_runs(parser: argparse.ArgumentParser, runs: int, counted: str) -> None:
     """Add --runs."""
-    parser.add_argument("--runs", type=_at_least_one, default=runs, help=f"{counted} of each side")
+    parser.add_argument("--runs", type=int, default=runs, help=f"{counted} of each side")
 
 
-def _at_least_one(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"--runs is {text}; it must be at least 1")
-    return int(text)
-
-
-def check_device(cpu: bool, parser: argparse.ArgumentParser) -> None:
-    """End with an error on a machine that cannot run the benchmark."""
+def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """End with an error for too few runs, or a machine that cannot run the benchmark."""
     import torch
 
-    if not cpu and not torch.cuda.is_available():
+    if getattr(options, "runs", 1) < 1:
+        parser.error(f"--runs is {options.runs}; it must be at least 1")
+    if not getattr(options, "cpu", True) and not torch.cuda.is_available():
         parser.error(
             "the published architectures need a CUDA GPU; use --cpu to measure the miniature"
         )

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from PIL import Image
 
 from benchmarks import environment, upscale
 from benchmarks.photo import photo
-from benchmarks.report import Spread, json_line, markdown_table
+from benchmarks.report import Spread, markdown_table
 from generation import watermark
 from generation.options import OutputFormat
 from generation.outputs import encode
@@ -35,17 +36,6 @@ class Work:
     theirs: Callable[[], object]
     ours: Callable[[], Any]
     is_correct: Callable[[Any], bool]  # of what `ours` returned
-
-
-@dataclass(frozen=True)
-class WorkFigures:
-    """Medians in milliseconds, and how many times faster ours is."""
-
-    work: str
-    theirs_ms: float
-    ours_ms: float
-    times_faster: Spread
-    correct: bool
 
 
 def works(size: int) -> list[Work]:
@@ -96,30 +86,23 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if arguments.size < 256 or arguments.upscale_size < 128:
         parser.error("--size must be at least 256, and --upscale-size at least 128")
     torch.set_num_threads(1)
-    rows = []
-    for work in works(arguments.size):
-        figures = _measure(work, arguments.runs)
-        print(json_line(figures), flush=True)
-        milliseconds = [f"{figures.theirs_ms:.0f}", f"{figures.ours_ms:.1f}"]
-        correct = "yes" if figures.correct else "NO"
-        rows.append([work.name, *milliseconds, figures.times_faster.cell(1), correct])
+    rows = [_measure(work, arguments.runs) for work in works(arguments.size)]
     columns = ["work; beside", "theirs, ms", "ours, ms", "times faster", "correct"]
     print(markdown_table(columns, rows), flush=True)
     print(f"\n{upscale.table(arguments.upscale_size, arguments.published)}")
 
 
-def _measure(work: Work, runs: int) -> WorkFigures:
+def _measure(work: Work, runs: int) -> list[str]:
+    """Measure, print a JSON line, and return a row of the table."""
     times: list[list[float]] = [[], []]
     for _ in range(runs + 1):  # the first warms up
         for side, function in zip(times, (work.theirs, work.ours), strict=True):
             began = time.perf_counter()
             result = function()
             side.append(1000 * (time.perf_counter() - began))
-    theirs, ours = (side[1:] for side in times)
-    return WorkFigures(
-        work.name,
-        statistics.median(theirs),
-        statistics.median(ours),
-        Spread.of_ratios(theirs, ours),
-        work.is_correct(result),
-    )
+    theirs, ours = (statistics.median(side[1:]) for side in times)
+    faster = Spread.of_ratios(times[0][1:], times[1][1:])
+    correct = work.is_correct(result)
+    figures = {"work": work.name, "theirs_ms": theirs, "ours_ms": ours}
+    print(json.dumps(figures | {"times_faster": asdict(faster), "correct": correct}), flush=True)
+    return [work.name, f"{theirs:.0f}", f"{ours:.1f}", faster.cell(1), "yes" if correct else "NO"]

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import diffusers
-from diffusers.utils import logging
 
 from benchmarks import environment, machine, report
 from benchmarks.architectures import SCHEDULER_CONFIG
@@ -27,7 +24,7 @@ from benchmarks.stub_models import StubModelCache, stub_components
 from benchmarks.workloads import DIFFUSERS, OURS, WORKLOADS, add_only
 from generation.engine import Engine
 from generation.outputs import OutputFolders
-from models.components import TOKENIZERS, ModelComponents
+from models.components import TOKENIZERS
 from weights.catalog import Edition
 
 NAMES = ("SDXL-Turbo, 1 step", "SD-Turbo, 1 step", "30 steps")
@@ -41,11 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     figures = []
-    with (
-        environment.settings(cpu=True, edition="full"),
-        _without_warnings(),
-        TemporaryDirectory() as folder,
-    ):
+    with environment.settings(cpu=True, edition="full"), TemporaryDirectory() as folder:
         measured = "the host's work around the published architectures"
         print(json.dumps(machine.describe(cpu=True, measured=measured)), flush=True)
         for name in arguments.only or NAMES:
@@ -62,17 +55,6 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     print("\n\n".join(report.tables(figures)))
 
 
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Silence diffusers' warnings of fp16 on a CPU, where nothing is computed."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
 def _ours(model: str, folder: Path) -> Ours:
     """Return predict.py around stubs, in place of what its setup loads."""
     from predict import Predictor
@@ -87,10 +69,6 @@ def _ours(model: str, folder: Path) -> Ours:
 def _diffusers(model: str) -> Diffusers:
     """Return diffusers' stock pipeline around the same stubs."""
     components = stub_components(environment.spec(model).base_model)
-    return Diffusers(model, _pipeline(components), IMAGE_SIZE, control_image=None)
-
-
-def _pipeline(components: ModelComponents) -> diffusers.DiffusionPipeline:
     shared = {
         "unet": components.unet,
         "vae": components.vae,
@@ -99,7 +77,9 @@ def _pipeline(components: ModelComponents) -> diffusers.DiffusionPipeline:
         "scheduler": diffusers.EulerDiscreteScheduler.from_config(SCHEDULER_CONFIG),
     }
     if components.is_sdxl:
-        return diffusers.StableDiffusionXLPipeline(**shared, add_watermarker=False)
-    return diffusers.StableDiffusionPipeline(
-        **shared, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
+        pipeline = diffusers.StableDiffusionXLPipeline(**shared, add_watermarker=False)
+    else:
+        pipeline = diffusers.StableDiffusionPipeline(
+            **shared, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    return Diffusers(model, pipeline, IMAGE_SIZE)

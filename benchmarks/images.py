@@ -24,7 +24,8 @@ COMPILE_SECONDS = 150.0  # a workload with less time is measured without the com
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    environment.add_arguments(parser, 20, "requests in each workload,")
+    environment.add_cpu(parser)
+    environment.add_runs(parser, 20, "requests")
     add_only(parser)
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds for all workloads")
     parser.add_argument(
@@ -36,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    environment.check_device(arguments.cpu, parser)
     if arguments.compiled is None:
         arguments.compiled = not arguments.cpu
 

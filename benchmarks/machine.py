@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,29 +38,24 @@ def describe(cpu: bool, measured: str | None = None) -> Description:
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     if not cpu:
-        description["gpu"] = torch.cuda.get_device_name()
-        description["matmul_tflops"] = round(_matmul_tflops(), 1)
-        description["copy_tb_per_s"] = round(_copy_tb_per_s(), 2)
+        description |= {"gpu": torch.cuda.get_device_name(), **_ceilings()}
         torch.cuda.empty_cache()
     return description
 
 
-def _matmul_tflops() -> float:
-    """Measure products of bf16 matrices."""
+def _ceilings() -> Description:
+    """Measure products of bf16 matrices, and copies; their reading and writing both count."""
     import torch
 
     size = (MATRIX_SIZE, MATRIX_SIZE)
     a, b = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * MATRIX_SIZE**3 / _seconds("a @ b", {"a": a, "b": b}) / 1e12
-
-
-def _copy_tb_per_s() -> float:
-    """Measure copies on the GPU; reading and writing both count."""
-    import torch
-
-    source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device="cuda")
-    arrays = {"source": source, "target": torch.empty_like(source)}
-    return 2 * COPIED_BYTES / _seconds("target.copy_(source)", arrays) / 1e12
+    product = _seconds("a @ b", {"a": a, "b": b})
+    a = torch.ones(COPIED_BYTES, dtype=torch.uint8, device="cuda")
+    copy = _seconds("b.copy_(a)", {"a": a, "b": torch.empty_like(a)})
+    return {
+        "matmul_tflops": round(2 * MATRIX_SIZE**3 / product / 1e12, 1),
+        "copy_tb_per_s": round(2 * COPIED_BYTES / copy / 1e12, 2),
+    }
 
 
 def _seconds(statement: str, arrays: dict[str, Tensor]) -> float:
@@ -70,12 +66,9 @@ def _seconds(statement: str, arrays: dict[str, Tensor]) -> float:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    file = Path("/proc/cpuinfo")  # Linux
+    names = re.findall(r"model name\s*: (.+)", file.read_text()) if file.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from benchmarks import environment
-from benchmarks.report import GpuFigures, SideFigures, Spread, WorkloadFigures
+from benchmarks.report import SideFigures, Spread, WorkloadFigures
 from benchmarks.sides import Side, allocated_bytes
 from benchmarks.workloads import COUNTERPARTS, DIFFUSERS, Workload
 
@@ -34,11 +34,6 @@ class Samples:
     working_bytes: int = 0  # of a GPU, at most, beside all that was there before a request
     stages: list[dict[str, float]] = field(default_factory=list)
     blank: bool = False  # the last image has one colour
-
-    @property
-    def peak_bytes(self) -> int:
-        """Of a GPU, as if no other side were there."""
-        return self.resident_bytes + self.working_bytes
 
 
 def measure(
@@ -142,10 +137,8 @@ def summarise(name: str, workload: Workload, samples: Mapping[str, Samples]) -> 
 def _summarise_side(workload: Workload, samples: Samples) -> SideFigures:
     ordered = sorted(samples.seconds)
     p50 = statistics.median(ordered)
-    gpu = switch = same_again = None
-    if environment.device().type == "cuda":
-        floor = workload.floor_seconds
-        gpu = GpuFigures(samples.peak_bytes, floor, p50 / floor, workload.tflop / p50)
+    on_gpu = environment.device().type == "cuda"
+    switch = same_again = None
     if samples.repeated:
         pairs = zip(samples.seconds, samples.repeated, strict=True)
         switch = Spread.of([switched - same for switched, same in pairs])
@@ -159,7 +152,9 @@ def _summarise_side(workload: Workload, samples: Samples) -> SideFigures:
         setup=samples.setup,
         first=samples.first,
         blank=samples.blank,
-        gpu=gpu,
+        peak_bytes=samples.resident_bytes + samples.working_bytes if on_gpu else None,
+        times_the_floor=p50 / workload.floor_seconds if on_gpu else None,
+        tflops=workload.tflop / p50 if on_gpu else None,
         stages={
             stage: round(statistics.median(s.get(stage, 0.0) for s in samples.stages), 5)
             for stage in names

@@ -48,16 +48,14 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     rows = {line["workload"]: line for line in lines if "to_diffusers" in line}
     if not rows:
         parser.error("there is no workload in the files that was measured beside diffusers")
-    machines = [line for line in lines if "machine" in line]
-    place = _describe(machines[-1]) if machines else ""
+    place = ""
+    for machine in (line for line in lines if "machine" in line):
+        device = machine.get("gpu") or f"{machine['machine']}, {machine['threads']} thread(s)"
+        torch = f"torch {machine['torch']}"
+        place = "; ".join([machine["measured"], device, torch, machine["date"][:10]])
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(draw(list(rows.values()), place), encoding="utf-8")
     print(f"wrote {arguments.out}")
-
-
-def _describe(machine: Line) -> str:
-    place = machine.get("gpu") or f"{machine['machine']}, {machine['threads']} thread(s)"
-    return f"{machine['measured']}; {place}; torch {machine['torch']}; {machine['date'][:10]}"
 
 
 def draw(rows: Sequence[Line], place: str) -> str:

@@ -33,16 +33,6 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class GpuFigures:
-    """What only a GPU tells."""
-
-    peak_bytes: int
-    floor: float  # seconds that the arithmetic alone takes, see `Workload.floor_seconds`
-    times_the_floor: float
-    tflops: float
-
-
-@dataclass(frozen=True)
 class SideFigures:
     """The requests of one side; seconds are of a whole request, whatever its number of images."""
 
@@ -53,7 +43,9 @@ class SideFigures:
     setup: float | None  # None where an earlier workload had built the side
     first: float  # seconds of the first request
     blank: bool  # the last image has one colour: random weights have overflowed
-    gpu: GpuFigures | None = None
+    peak_bytes: int | None = None  # on a GPU, like the next two
+    times_the_floor: float | None = None  # see `Workload.floor_seconds`
+    tflops: float | None = None
     stages: Mapping[str, float] = field(default_factory=dict)  # medians of ours, in seconds
     same_again: float | None = None  # p50 of the same request once more, where the LoRA switches
     switch: Spread | None = None  # seconds that the switch adds to a request
@@ -105,15 +97,15 @@ _ON_GPU = ("peak memory, GB", "times the floor", "TFLOP/s")
 
 
 def _sides(rows: Sequence[_Row]) -> str:
-    on_gpu = any(side.gpu for *_, side in rows)
+    on_gpu = any(side.peak_bytes for *_, side in rows)
     lines = []
     for figures, name, side in rows:
         cells = [figures.workload, name, _ms(side.p50), _ms(side.p95), str(side.runs)]
         cells += [f"{side.images_per_second:.2f}", _ratio(figures, name)]
         cells += ["" if side.setup is None else f"{side.setup:.1f}", f"{side.first:.2f}"]
-        if gpu := side.gpu:
-            cells.append(f"{gpu.peak_bytes / 1e9:.1f}")
-            cells += [f"{gpu.times_the_floor:.2f}", f"{gpu.tflops:.0f}"]
+        if side.peak_bytes:
+            cells.append(f"{side.peak_bytes / 1e9:.1f}")
+            cells += [f"{side.times_the_floor:.2f}", f"{side.tflops:.0f}"]
         lines.append(cells)
     columns = [*_COLUMNS, _OURS_TOOK, *_STARTING, *(_ON_GPU if on_gpu else ())]
     return markdown_table(columns, lines)
@@ -122,15 +114,11 @@ def _sides(rows: Sequence[_Row]) -> str:
 def _stages(rows: Sequence[_Row]) -> str:
     """Return the parts of our requests, in milliseconds."""
     names = list(dict.fromkeys(stage for *_, side in rows for stage in side.stages))
-    lines = [
-        [
-            figures.workload,
-            name,
-            *(_ms(side.stages[s]) if s in side.stages else "" for s in names),
-        ]
-        for figures, name, side in rows
-        if side.stages
-    ]
+    lines = []
+    for figures, name, side in rows:
+        if side.stages:
+            cells = [_ms(side.stages[s]) if s in side.stages else "" for s in names]
+            lines.append([figures.workload, name, *cells])
     return markdown_table(["of ours, ms", "side", *names], lines)
 
 

@@ -131,13 +131,11 @@ class Ours(Side):
             compiler.wait()
 
     def run(self, workload: Workload, seed: int, folder: Path) -> list[Path]:
-        """Make one request."""
         self.stages = {}
         files = self.predictor.predict(**{**self._arguments, "seed": seed})
         return [Path(file) for file in files]
 
     def close(self) -> None:
-        """Delete the files that the predictor has returned."""
         self.predictor.folders.remove()
 
 

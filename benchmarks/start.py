@@ -31,15 +31,15 @@ Seconds = dict[str, float]  # from a process's start to LOADED and GENERATED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    environment.add_arguments(parser, 5, "starts")
+    environment.add_cpu(parser)
+    environment.add_runs(parser, 5, "starts")
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    environment.check_device(arguments.cpu, parser)
     with environment.settings(arguments.cpu), TemporaryDirectory() as folder:
         print(json.dumps(machine.describe(arguments.cpu)), flush=True)
         inputs = {BARE: _bare_inputs(), OURS: _our_inputs()}
-        samples: dict[str, list[Seconds]] = {BARE: [], OURS: []}
+        samples: dict[str, list[Seconds]] = {side: [] for side in inputs}
         # Of several, one more comes first: it reads files that are not in memory yet.
         first = 0 if arguments.runs > 1 else 1
         for run in range(first, 1 + arguments.runs):

@@ -191,7 +191,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if arguments.steps < MIN_STEPS:
         parser.error(f"--steps {arguments.steps} is too few; {MIN_STEPS} at least")
-    environment.check_device(arguments.cpu, parser)
     size = arguments.size or (128 if arguments.cpu else 768)
     with environment.settings(arguments.cpu):
         print(json.dumps(machine.describe(arguments.cpu)), flush=True)

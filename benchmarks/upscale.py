@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import tempfile
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,16 +35,7 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class UpscaleFigures:
-    """One upscaled image."""
-
-    upscale: str
-    size: int
-    tiled: bool
-    published: bool
-    seconds: float
-    more_mb: float  # peak memory, beside what the process had before
+Figures = tuple[float, float]  # seconds, and MB that the process took more than before
 
 
 def table(size: int, published: bool) -> str:
@@ -56,20 +46,19 @@ def table(size: int, published: bool) -> str:
         for name in (upscale.SWINIR, upscale.REAL_ESRGAN):
             # Networks of the published size take gigabytes and minutes for one piece.
             one = None if published else _measure(name, size, False, False, whole)
-            many = _measure(name, size, True, published, tiled)
-            cells = [name, "", f"{many.seconds:.1f}", "", "", f"{many.more_mb:.0f}", ""]
+            seconds, more_mb = _measure(name, size, True, published, tiled)
+            cells = [name, "", f"{seconds:.1f}", "", "", f"{more_mb:.0f}", ""]
             if one is not None:
                 images = [np.load(file).astype(int) for file in (whole, tiled)]
                 inside = slice(4 * EDGE, -4 * EDGE)
-                cells[1] = f"{one.seconds:.1f}"
-                cells[3] = f"{many.seconds / one.seconds:.2f}"
-                cells[4] = f"{one.more_mb:.0f}"
+                cells[1], cells[3] = f"{one[0]:.1f}", f"{seconds / one[0]:.2f}"
+                cells[4] = f"{one[1]:.0f}"
                 cells[6] = str(np.abs(images[0] - images[1])[inside, inside].max())
             rows.append(cells)
     return markdown_table(COLUMNS, rows)
 
 
-def _measure(name: str, size: int, tiled: bool, published: bool, file: Path) -> UpscaleFigures:
+def _measure(name: str, size: int, tiled: bool, published: bool, file: Path) -> Figures:
     """Upscale in a forked process: it has this one's modules, and memory of its own."""
     fork = multiprocessing.get_context("fork")
     queue = fork.SimpleQueue()
@@ -82,9 +71,10 @@ def _measure(name: str, size: int, tiled: bool, published: bool, file: Path) -> 
     process.join()
     if process.exitcode:
         raise RuntimeError(f"upscaling by {name} ended with status {process.exitcode}")
-    figures: UpscaleFigures = queue.get()
-    print(json.dumps(asdict(figures)), flush=True)
-    return figures
+    seconds, more_mb = queue.get()
+    figures = {"upscale": name, "size": size, "tiled": tiled, "published": published}
+    print(json.dumps(figures | {"seconds": seconds, "more_mb": more_mb}), flush=True)
+    return seconds, more_mb
 
 
 def _published(name: str) -> nn.Module:
@@ -105,7 +95,7 @@ def _published(name: str) -> nn.Module:
     return swinir
 
 
-def _upscale(name: str, size: int, tiled: bool, published: bool, file: Path) -> UpscaleFigures:
+def _upscale(name: str, size: int, tiled: bool, published: bool, file: Path) -> Figures:
     """Upscale one image and save the result in `file`."""
     if published:  # this process ends with the measurement
         upscale._load = lambda folder: _published(name)
@@ -119,8 +109,7 @@ def _upscale(name: str, size: int, tiled: bool, published: bool, file: Path) -> 
         large = upscaler.upscale(image, 4)
         seconds = time.perf_counter() - began
     np.save(file, np.asarray(large))
-    more_mb = (_memory("VmHWM") - before) / 1e6
-    return UpscaleFigures(name, size, tiled, published, seconds, more_mb)
+    return seconds, (_memory("VmHWM") - before) / 1e6
 
 
 def _memory(entry: str) -> int:
