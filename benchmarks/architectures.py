@@ -13,7 +13,7 @@ from shutil import copytree
 from tempfile import TemporaryDirectory
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetUnionModel, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from torch import nn
 from transformers import (
@@ -175,7 +175,6 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "sd21/unet": lambda: UNet2DConditionModel(**_SD21_UNET),
     "sd21/text_encoder": _openclip_h,
     "sd21/vae": lambda: _vae(0.18215, 512),
-    "sdxl-controlnet": lambda: ControlNetModel(**_SDXL_CONTROLNET),
     # xinsir's promax model, for eight types of map
     "sdxl-controlnet-union": lambda: ControlNetUnionModel(**_SDXL_CONTROLNET, num_control_type=8),
     "safety-checker": _safety_checker,

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 if TYPE_CHECKING:
     import torch
@@ -50,18 +51,13 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 @contextmanager
 def settings(cpu: bool, edition: str | None = None) -> Iterator[None]:
     """Set the environment, which child processes inherit, with an empty cache of weights."""
-    before = {name: os.environ.pop(name, None) for name in _VARIABLES}
-    with TemporaryDirectory(prefix="bench-weights-") as folder:
-        try:
-            os.environ["WEIGHTS_CACHE"] = folder
-            os.environ["WEIGHTS_EDITION"] = edition or ("miniature" if cpu else "full")
-            os.environ["DEVICE"] = "cpu" if cpu else "cuda"
-            yield
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name, None)
-                if value is not None:
-                    os.environ[name] = value
+    with TemporaryDirectory(prefix="bench-weights-") as folder, patch.dict(os.environ):
+        for name in _VARIABLES:
+            os.environ.pop(name, None)
+        os.environ["WEIGHTS_CACHE"] = folder
+        os.environ["WEIGHTS_EDITION"] = edition or ("miniature" if cpu else "full")
+        os.environ["DEVICE"] = "cpu" if cpu else "cuda"
+        yield
 
 
 def edition() -> Edition:

@@ -81,34 +81,38 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 def tables(figures: Sequence[WorkloadFigures]) -> list[str]:
-    """Return the tables of workloads that have rows."""
+    """Return a table of all sides, and one of the parts of our requests."""
     rows = [(each, name, side) for each in figures for name, side in each.sides.items()]
-    plain = [row for row in rows if row[2].switch is None]
-    switches = [row for row in rows if row[2].switch is not None]
-    made = [_sides(plain), _stages(plain)] if plain else []
-    return made + ([_switches(switches)] if switches else [])
+    return [_sides(rows), _stages(rows)]
 
 
 _Row = tuple[WorkloadFigures, str, SideFigures]
-_COLUMNS = ("request", "side", "p50, ms", "p95", "runs", "images a second")
-_OURS_TOOK = "ours took, beside it"
+_COLUMNS = ("request", "side", "p50, ms", "p95", "runs", "images a second", "ours took, beside it")
 _STARTING = ("set up, s", "first image, s")
 _ON_GPU = ("peak memory, GB", "times the floor", "TFLOP/s")
+_SWITCHES = ("the same LoRA again, ms", "added by the switch")
 
 
 def _sides(rows: Sequence[_Row]) -> str:
     on_gpu = any(side.peak_bytes for *_, side in rows)
+    switches = any(side.switch for *_, side in rows)
     lines = []
     for figures, name, side in rows:
+        ratio = figures.ratios.get(name)
         cells = [figures.workload, name, _ms(side.p50), _ms(side.p95), str(side.runs)]
-        cells += [f"{side.images_per_second:.2f}", _ratio(figures, name)]
+        cells += [f"{side.images_per_second:.2f}", ratio.cell() if ratio else ""]
         cells += ["" if side.setup is None else f"{side.setup:.1f}", f"{side.first:.2f}"]
         if side.peak_bytes:
             cells.append(f"{side.peak_bytes / 1e9:.1f}")
             cells += [f"{side.times_the_floor:.2f}", f"{side.tflops:.0f}"]
+        if side.switch and side.same_again:
+            added = [_ms(v) for v in (side.switch.median, side.switch.lowest, side.switch.highest)]
+            cells += [_ms(side.same_again), "{} ({} to {})".format(*added)]
+        elif switches:
+            cells += ["", ""]
         lines.append(cells)
-    columns = [*_COLUMNS, _OURS_TOOK, *_STARTING, *(_ON_GPU if on_gpu else ())]
-    return markdown_table(columns, lines)
+    optional = (*(_ON_GPU if on_gpu else ()), *(_SWITCHES if switches else ()))
+    return markdown_table([*_COLUMNS, *_STARTING, *optional], lines)
 
 
 def _stages(rows: Sequence[_Row]) -> str:
@@ -122,24 +126,6 @@ def _stages(rows: Sequence[_Row]) -> str:
     return markdown_table(["of ours, ms", "side", *names], lines)
 
 
-def _switches(rows: Sequence[_Row]) -> str:
-    lines = []
-    for figures, name, side in rows:
-        assert side.switch is not None
-        assert side.same_again is not None
-        added = side.switch
-        switch = f"{_ms(added.median)} ({_ms(added.lowest)} to {_ms(added.highest)})"
-        times = [_ms(side.p50), _ms(side.same_again), switch]
-        lines.append([figures.workload, name, *times, _ratio(figures, name)])
-    columns = ["request", "side", "p50, ms", "the same again", "added by the switch"]
-    return markdown_table([*columns, _OURS_TOOK], lines)
-
-
 def _ms(seconds: float) -> str:
     milliseconds = 1000 * seconds
     return f"{milliseconds:.0f}" if abs(milliseconds) >= 10 else f"{milliseconds:.1f}"
-
-
-def _ratio(figures: WorkloadFigures, baseline: str) -> str:
-    ratio = figures.ratios.get(baseline)
-    return ratio.cell() if ratio else ""

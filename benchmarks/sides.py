@@ -10,9 +10,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from benchmarks import environment
+from benchmarks.random_weights import write_cog_lora
 from benchmarks.workloads import (
     COG_SDXL,
     COMPILED,
@@ -25,6 +27,7 @@ from benchmarks.workloads import (
 )
 from script.tools.arguments import as_cog_gives_them, parse_inputs
 from script.tools.openapi import document
+from weights.miniature import world
 
 if TYPE_CHECKING:
     from predict import Predictor
@@ -60,11 +63,13 @@ class Side(ABC):
         """Use this LoRA in the requests that follow."""
         raise NotImplementedError
 
-    def wait_until_warm(self) -> None:  # noqa: B027  most have nothing to wait for
+    def wait_until_warm(self) -> None:
         """Wait for work that the warm-up has started in the background."""
+        return
 
-    def close(self) -> None:  # noqa: B027  most have nothing to delete
+    def close(self) -> None:
         """Delete files."""
+        return
 
 
 class Ours(Side):
@@ -147,13 +152,13 @@ class Sides:
         self._folder = folder
         self._built: dict[tuple[str, str], Side] = {}
         self.control_image = folder / "control.png"
-        _draw_scene(self.control_image)
+        scene = world.random_scene(np.random.default_rng(0))
+        size = environment.spec("sdxl").native_size
+        world.render(scene, size, size).save(self.control_image)
 
     @property
     def loras(self) -> list[Path]:
         """Two LoRAs in cog-sdxl's format."""
-        from benchmarks.random_weights import write_cog_lora
-
         files = [self._folder / f"lora-{seed}.safetensors" for seed in (0, 1)]
         for seed, file in enumerate(files):
             if not file.exists():
@@ -216,14 +221,3 @@ def _key(name: str, workload: Workload) -> tuple[str, str]:
     """
     switches = name == OURS_FULL and workload.switches_lora
     return name, f"{workload.model}, a LoRA in requests" if switches else workload.model
-
-
-def _draw_scene(file: Path) -> None:
-    """Draw an image to take edges from."""
-    import numpy as np
-
-    from weights.miniature import world
-
-    scene = world.random_scene(np.random.default_rng(0))
-    size = environment.spec("sdxl").native_size
-    world.render(scene, size, size).save(file)

@@ -73,15 +73,12 @@ def start(side: str, inputs: dict[str, Any], folder: Path) -> Seconds:
 
 def table(samples: dict[str, list[Seconds]]) -> str:
     """Return medians, and ratios of the turns to the bare process."""
-    rows = []
-    for side, runs in samples.items():
-        cells = [side]
+    rows = [[side] for side in samples]
+    for row, runs in zip(rows, samples.values(), strict=True):
         for point in (LOADED, GENERATED):
             taken = [seconds[point] for seconds in runs]
             bare = [seconds[point] for seconds in samples[BARE]]
-            cells.append(f"{statistics.median(taken):.2f}")
-            cells.append(Spread.of_ratios(taken, bare).cell())
-        rows.append(cells)
+            row += [f"{statistics.median(taken):.2f}", Spread.of_ratios(taken, bare).cell()]
     columns = ["imported and loaded, s", "ratio", "first image, s", "ratio"]
     return markdown_table(["a new process", *columns], rows)
 
@@ -89,19 +86,11 @@ def table(samples: dict[str, list[Seconds]]) -> str:
 def _bare_inputs() -> dict[str, Any]:
     environment.provide("sdxl")
     spec = environment.spec("sdxl")
-    vae = environment.folder(spec.components_from["vae"]) if spec.components_from else None
+    vae = spec.components_from.get("vae")
     return {
         "folder": str(environment.folder(spec.weights)),
-        "vae": str(vae) if vae else None,
-        "device": os.environ["DEVICE"],
-        "call": {
-            "prompt": PROMPT,
-            "negative_prompt": "",
-            "num_inference_steps": STEPS,
-            "guidance_scale": GUIDANCE,
-            "width": spec.native_size,
-            "height": spec.native_size,
-        },
+        "vae": str(environment.folder(vae)) if vae else None,
+        "size": spec.native_size,
     }
 
 
@@ -119,7 +108,8 @@ def _start_bare(inputs: dict[str, Any]) -> None:
     import torch
     from diffusers import StableDiffusionXLPipeline
 
-    dtype = torch.float32 if inputs["device"] == "cpu" else torch.float16
+    device = os.environ["DEVICE"]
+    dtype = torch.float32 if device == "cpu" else torch.float16
     components: dict[str, Any] = {}
     if inputs["vae"]:
         from diffusers import AutoencoderKL
@@ -127,10 +117,17 @@ def _start_bare(inputs: dict[str, Any]) -> None:
         components["vae"] = AutoencoderKL.from_pretrained(inputs["vae"], dtype=dtype)
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         inputs["folder"], variant="fp16", dtype=dtype, add_watermarker=False, **components
-    ).to(inputs["device"])
+    ).to(device)
     _report(LOADED)
-    generator = torch.Generator().manual_seed(0)
-    pipeline(**inputs["call"], generator=generator).images[0].save("bare.png")
+    pipeline(
+        prompt=PROMPT,
+        negative_prompt="",
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        width=inputs["size"],
+        height=inputs["size"],
+        generator=torch.Generator().manual_seed(0),
+    ).images[0].save("bare.png")
     _report(GENERATED)
 
 

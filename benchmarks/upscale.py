@@ -60,18 +60,8 @@ def table(size: int, published: bool) -> str:
 
 def _measure(name: str, size: int, tiled: bool, published: bool, file: Path) -> Figures:
     """Upscale in a forked process: it has this one's modules, and memory of its own."""
-    fork = multiprocessing.get_context("fork")
-    queue = fork.SimpleQueue()
-
-    def work() -> None:
-        queue.put(_upscale(name, size, tiled, published, file))
-
-    process = fork.Process(target=work)
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise RuntimeError(f"upscaling by {name} ended with status {process.exitcode}")
-    seconds, more_mb = queue.get()
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        seconds, more_mb = pool.apply(_upscale, (name, size, tiled, published, file))
     figures = {"upscale": name, "size": size, "tiled": tiled, "published": published}
     print(json.dumps(figures | {"seconds": seconds, "more_mb": more_mb}), flush=True)
     return seconds, more_mb
