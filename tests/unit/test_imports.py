@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "weights": {"weights"},
     "inputs": set(),
 }
-LAYERS = {"script", *MAY_IMPORT}
+LAYERS = {"script", "benchmarks", *MAY_IMPORT}
 SOURCES = [
     path for name in MAY_IMPORT for path in [*Path().glob(f"{name}.py"), *Path(name).rglob("*.py")]
 ]
