@@ -6,6 +6,7 @@ import gc
 import os
 import time
 from abc import ABC, abstractmethod
+from base64 import b64encode
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,17 +26,21 @@ from benchmarks.workloads import (
     OURS_FULL,
     Workload,
 )
-from script.tools.arguments import as_cog_gives_them, parse_inputs
-from script.tools.openapi import document
+from generation.options import GenerationRequest
+from inputs import flatten
 from weights.miniature import world
 
 if TYPE_CHECKING:
     from predict import Predictor
 
-ROOT = Path(__file__).parents[1]
 CONTROLNET = "controlnet-union-sdxl"
-PLAIN = {"apply_watermark": "false", "disable_safety_checker": "true"}
-FULL = {"apply_watermark": "true", "disable_safety_checker": "false", "lora_scale": LORA_SCALE}
+PLAIN = {"apply_watermark": False, "disable_safety_checker": True}
+FULL = {"apply_watermark": True, "disable_safety_checker": False, "lora_scale": LORA_SCALE}
+
+
+def default_inputs() -> dict[str, object]:
+    """Return the arguments that Cog passes to `predict` for an empty request."""
+    return {entry.name: entry.default for entry in flatten(GenerationRequest)}
 
 
 def allocated_bytes() -> int:
@@ -87,7 +92,6 @@ class Ours(Side):
         self.predictor = predictor
         self.predictor.record_metric = self._record
         self._common, self._control_image, self._stub = dict(inputs), control_image, stub
-        self._schema = document(ROOT)
         self._arguments: dict[str, Any] = {}
 
     @classmethod
@@ -115,18 +119,14 @@ class Ours(Side):
         if workload.control_type:
             environment.folder(CONTROLNET)
             inputs["controlnet_1"] = workload.control_type
-            inputs["controlnet_1_image"] = f"@{self._control_image}"
-        self._arguments = self._parse(inputs)
-
-    def _parse(self, inputs: Mapping[str, object]) -> dict[str, Any]:
-        flags = [f"{name}={value}" for name, value in inputs.items()]
-        parsed = parse_inputs(flags, self._schema, "Input", ROOT)
-        return as_cog_gives_them(parsed, self._schema, "Input")
+            inputs["controlnet_1_image"] = self._control_image
+        self._arguments = {**default_inputs(), **inputs}
 
     def use_lora(self, file: Path) -> None:
         """Send the LoRA with the requests that follow, as its content."""
-        sent = self._parse({"prompt": "", "replicate_weights": f"@{file}"})
-        self._arguments["replicate_weights"] = sent["replicate_weights"]
+        content = b64encode(file.read_bytes()).decode()
+        url = f"data:application/octet-stream;name={file.name};base64,{content}"
+        self._arguments["replicate_weights"] = url
         self._arguments["lora_scale"] = LORA_SCALE
 
     def wait_until_warm(self) -> None:

@@ -95,13 +95,10 @@ def _bare_inputs() -> dict[str, Any]:
 
 
 def _our_inputs() -> dict[str, Any]:
-    from benchmarks.sides import PLAIN
-    from script.tools.arguments import parse_inputs
-    from script.tools.openapi import document
+    from benchmarks.sides import PLAIN, default_inputs
 
     call = {"prompt": PROMPT, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "seed": 0}
-    flags = [f"{name}={value}" for name, value in (call | PLAIN).items()]
-    return parse_inputs(flags, document(ROOT), "Input", ROOT)
+    return {**default_inputs(), **PLAIN, **call}
 
 
 def _start_bare(inputs: dict[str, Any]) -> None:
