@@ -18,7 +18,7 @@ from generation.pipelines import LoadedModel, PipelineStore
 from generation.request import Margins
 from generation.stand_ins import Progress
 from preprocess import annotators
-from tests.comparison import max_difference
+from tests.comparison import load_image, max_difference
 from tests.miniature.isolation import ERRORS, failing_at
 from tests.requests import NO_CONTROL, REQUEST
 from weights import cache
@@ -285,7 +285,7 @@ def test_a_second_pass_sees_a_larger_map(engine, control, tmp_path):
         REQUEST, **QUICK, hires_fix=1.5, return_control_maps=True, controls=three(control())
     )
     files = engine.generate(asked, tmp_path).files
-    assert [Image.open(file).size for file in files] == [(192, 192), (192, 192)]
+    assert [load_image(file).size for file in files] == [(192, 192), (192, 192)]
 
 
 @pytest.mark.parametrize("kind", ["edge_canny", "segmentation"])
@@ -306,7 +306,7 @@ def test_files_say_how_they_were_controlled(make, control):
     made = make(
         seed=4, **QUICK, embed_parameters=True, controls=three(control("canny", start=0.25))
     )
-    told = Image.open(made.result.files[0]).text["parameters"]
+    told = made.pictures[0].info["parameters"]
     assert "ControlNet 0" in told
     assert "Module: none, Model: controlnet-union-sdxl, Weight: 0.75, Guidance Start: 0.25" in told
     assert str(control().image.parent) not in told

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
 
 import generation.painter
 from generation.passes import Acceleration, Passes
 from generation.request import Margins
 from tests.brought_weights import data_uri, visible_lora
-from tests.comparison import max_difference, nearly_equal
+from tests.comparison import load_image, max_difference, nearly_equal
 from weights.miniature.evaluate import FOLDER, load_pipeline
 
 SMALL = {"width": 64, "height": 72, "num_inference_steps": 3, "guidance_scale": 4.5, "seed": 77}
@@ -24,7 +23,7 @@ LINE = re.compile(r'(\w[\w \-/]+): ("(?:\\.|[^\\"])+"|[^,]*)(?:, |$)')
 
 def read_back(path) -> dict[str, object]:
     """A request, from a file alone."""
-    picture = Image.open(path)
+    picture = load_image(path)
     if picture.format == "PNG":
         text = picture.info["parameters"]
     else:
@@ -58,7 +57,7 @@ def test_what_a_file_says_makes_it_again(make, kind):
     (file,) = made.result.files
     again = make(output_format=kind, embed_parameters=True, **read_back(file))
     assert again.bytes == made.bytes
-    assert Image.open(file).format == {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[kind]
+    assert load_image(file).format == {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[kind]
 
 
 def test_what_a_batchs_files_say_makes_each_again(make):
@@ -73,7 +72,7 @@ def test_quality_and_switching_off(make):
     small, large = (make(**SMALL, output_format="jpg", output_quality=q) for q in (20, 95))
     assert len(small.bytes[0]) < len(large.bytes[0])
     silent = make(**{**SMALL, "embed_parameters": False})
-    assert Image.open(silent.result.files[0]).info.get("parameters") is None
+    assert silent.pictures[0].info.get("parameters") is None
     told = make(**SMALL)
     assert len(told.bytes[0]) > len(silent.bytes[0])
     assert np.array_equal(np.asarray(told.pictures[0]), np.asarray(silent.pictures[0]))
@@ -82,7 +81,7 @@ def test_quality_and_switching_off(make):
 def test_weights_are_named_by_their_hash(make):
     lora = visible_lora(3)
     made = make(**SMALL, replicate_weights=data_uri(lora, "mine.safetensors"))
-    text = Image.open(made.result.files[0]).info["parameters"]
+    text = made.pictures[0].info["parameters"]
     assert f'Lora hashes: "{hashlib.sha256(lora).hexdigest()[:10]}: 0.6"' in text
     assert "base64" not in text
 
