@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -73,9 +74,16 @@ def _fetch(source: Source, tokens: Tokens) -> CachedFile:
         return _keep_inline(source)
     key = _key(source)
     grant = _grant(source, key, tokens)
-    with trained_cache.fetching(key, source.name), _client(source) as client:
+    # The copy is let go on every way out but those that return it: held, it cannot be evicted.
+    with (
+        trained_cache.fetching(key, source.name),
+        _client(source) as client,
+        ExitStack() as holding,
+    ):
         known = trained_cache.recall(key)
         copy = trained_cache.held(known.digest, known.facts.file_name) if known else None
+        if copy is not None:
+            holding.enter_context(copy)
         before = known.facts if known is not None and copy is not None else None
         asking = partial(offers.ask, client, source, key, tokens, before)
         try:
@@ -84,14 +92,15 @@ def _fetch(source: Source, tokens: Tokens) -> CachedFile:
             if known is None or copy is None or not trained_cache.is_granted(known, grant):
                 raise
             print(f"{error} (the copy in the cache is used)", file=sys.stderr)
+            holding.pop_all()
             return copy
         if offer is None:
             assert known is not None
             assert copy is not None
             trained_cache.remember(key, known.digest, known.facts, grant)
+            holding.pop_all()
             return copy
-        if copy is not None:
-            copy.close()  # an old version
+        holding.close()  # an old version
         return _fetch_new(client, offer, key, grant)
 
 
