@@ -16,7 +16,7 @@ from generation.request import WeightsUse
 from weights.formats.read import read_trained
 from weights.formats.types import TEXT_ENCODERS, UNET, ModelShapes, TrainedWeights
 from weights.trigger_words import replace_trigger_words
-from weights.user import fetch as sources
+from weights.user.fetch import fetch
 from weights.user.parse import OPERATOR, Source, Tokens
 
 MEMORY_BYTES = 2_000_000_000  # of weights kept in memory: some ten LoRAs of rank 32 for SDXL
@@ -117,7 +117,7 @@ class ReplaceableWeights:
         self._slot.settle()
 
     def _read(self, name: str, source: Source, tokens: Tokens) -> TrainedWeights:
-        with sources.fetch(source, tokens) as file:
+        with fetch(source, tokens) as file:
             key = (file.digest, file.file_name)
             weights = self._shelf.get(key)
             if weights is None:

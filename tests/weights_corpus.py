@@ -154,7 +154,7 @@ def _hub() -> Iterator[Case]:
         ("gated", "acme/gated", "give an hf_api_token", {api.format("acme/gated"): gated}),
         ("web page", "acme/page", "check HF_ENDPOINT", {api.format("acme/page"): page}),
         ("false hash", "acme/false", "git-sha1 .* are expected", false),
-        ("pickles alone", "acme/pickles", "archives: none", pickles),
+        ("pickles alone", "acme/pickles", "archives: nothing at all", pickles),
         ("several files", "acme/several", "name one as acme/several:file", several),
         ("no such file", "acme/several:c.tar", "c.tar is not in", several),
     ):

@@ -1,11 +1,11 @@
-"""The disk cache of weights that people bring, in the folder `trained` of the cache.
+"""The disk cache of users' weights, in the folder `trained` of the cache.
 
-    files/<sha256>             content; has its name only once it is complete and on the disk
-    index/<sha256 of key>.json what an address held when it was last asked
-    .partial/<name>            bytes under way, see weights.transfer
-    locks/<2 digits>.lock      held by the process that fetches; 256, so none need be removed
+    files/<sha256>              content; has its name only once it is complete and on the disk
+    index/<sha256 of key>.json  what an address held at the last request
+    .partial/<name>             bytes under way, see weights.transfer
+    locks/<2 digits>.lock       held by the process that fetches; 256, so none need be removed
 
-Who uses a file holds a shared lock (flock) on it, which the kernel takes back when the process
+Whoever uses a file holds a shared lock (flock) on it, which the kernel releases when the process
 dies; eviction takes the exclusive one, without waiting. The time of last use is the file's
 modification time. Parts count towards the budget too, and are removed like files once nobody has
 written to them for STALE_PART_S, after OLD_PART_S in any case. Files in use together may exceed it.
@@ -19,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,30 +28,30 @@ from filelock import FileLock
 
 from weights import cache
 from weights.errors import DiskFull, DownloadError, WrongSetting
-from weights.http import Facts
-from weights.transfer import PARTIAL_FOLDER
+from weights.http import RemoteMetadata
+from weights.transfer import PARTIAL_FOLDER, publish
 
 DEFAULT_BUDGET_BYTES = 20_000_000_000
 STALE_PART_S = 900.0  # no transfer is silent for so long: it would have been given up
 OLD_PART_S = 86_400.0  # nobody comes back for it
-MOST_GRANTS = 16
+MOST_FINGERPRINTS = 16
 
-# What this process has read and found right, by path: inode and size at that time.
+# What this process has hashed and found right, by path: inode and size at that time.
 _verified: dict[Path, tuple[int, int]] = {}
 
 
+@dataclass(frozen=True)
 class CachedFile:
     """A file that stays where it is until `close`, or the end of a `with` block."""
 
-    def __init__(self, path: Path, digest: str, file_name: str, handle: io.BufferedReader) -> None:
-        self.path = path
-        self.digest = digest  # sha256, hexadecimal
-        self.file_name = file_name  # where it comes from; "" where it has none
-        self._handle = handle  # carries the shared lock
+    path: Path
+    digest: str  # sha256, hexadecimal
+    file_name: str  # the original one; "" where it has none
+    handle: io.BufferedReader  # carries the shared lock
 
     def close(self) -> None:
-        """Let the file go."""
-        self._handle.close()
+        """Release the file."""
+        self.handle.close()
 
     def __enter__(self) -> "CachedFile":
         return self
@@ -66,22 +66,29 @@ class CachedFile:
 
 
 @dataclass(frozen=True)
-class Remembered:
-    """What an address held. `grants` are hashes of the exact requests that a server has answered:
-    only they get the file when the server cannot be asked."""
+class IndexEntry:
+    """What an address held at the last request.
+
+    `fingerprints` are hashes of the exact requests, signature and token included, that a server has
+    answered: only they may use the file while the server cannot be reached.
+    """
 
     digest: str
-    facts: Facts
-    grants: tuple[str, ...]
+    metadata: RemoteMetadata
+    fingerprints: tuple[str, ...]
+
+    def may_use(self, request: str) -> bool:
+        """Return whether a server has answered exactly this request before."""
+        return _hash(request) in self.fingerprints
 
 
 def folder() -> Path:
-    """Where all of this is."""
+    """Return the folder of the cache."""
     return cache.cache_root() / "trained"
 
 
 def budget_bytes() -> int:
-    """WEIGHTS_CACHE_BYTES or the default. Raises WrongSetting."""
+    """Return WEIGHTS_CACHE_BYTES or the default. Raises WrongSetting."""
     text = os.environ.get("WEIGHTS_CACHE_BYTES", "").strip()
     if not text:
         return DEFAULT_BUDGET_BYTES
@@ -92,7 +99,7 @@ def budget_bytes() -> int:
 
 @contextmanager
 def fetching(key: str, name: str) -> Iterator[None]:
-    """For one process at a time per key; makes the folders. Raises DownloadError."""
+    """Let one process at a time fetch `key`; makes the folders. Raises DownloadError."""
     try:
         for part in ("files", "index", "locks", PARTIAL_FOLDER):
             (folder() / part).mkdir(parents=True, exist_ok=True)
@@ -105,13 +112,13 @@ def fetching(key: str, name: str) -> Iterator[None]:
         yield
 
 
-def held(digest: str, file_name: str) -> CachedFile | None:
-    """The file with this content, protected from eviction; None where there is none.
+def get(digest: str, file_name: str) -> CachedFile | None:
+    """Return the file with this sha256, protected from eviction; None if there is none.
 
-    Read and compared with its name at its first use in this process; thrown away if it differs.
+    At its first use in this process it is hashed, and thrown away if it is damaged.
     """
     path = folder() / "files" / digest
-    handle = _shared(path)
+    handle = _open_shared(path)
     if handle is None:
         return None
     status = os.fstat(handle.fileno())
@@ -126,28 +133,26 @@ def held(digest: str, file_name: str) -> CachedFile | None:
     return CachedFile(path, digest, file_name, handle)
 
 
-def keep(part: Path, file_name: str) -> CachedFile:
-    """Take a complete part into the cache under its content's hash, then evict what is too much."""
+def add(part: Path, file_name: str) -> CachedFile:
+    """Take a complete part into the cache, then evict what exceeds the budget."""
     with part.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
-    file = held(digest, file_name)
-    if file is not None:
-        part.unlink()
-    else:
+    file = get(digest, file_name)
+    if file is None:
         path = folder() / "files" / digest
         handle = part.open("rb")
         fcntl.flock(handle, fcntl.LOCK_SH)  # before it has its name: never there unprotected
         os.utime(part)
-        part.replace(path)
-        _sync_folder(path.parent)
+        publish(part, path)
         status = os.fstat(handle.fileno())
         _verified[path] = (status.st_ino, status.st_size)
         file = CachedFile(path, digest, file_name, handle)
+    part.unlink(missing_ok=True)
     evict(budget_bytes())
     return file
 
 
-def check_fits(size_bytes: int, what: str) -> None:
+def check_budget(size_bytes: int, what: str) -> None:
     """Raise DiskFull for a file that is larger than the whole budget."""
     if size_bytes > budget_bytes():
         raise DiskFull(
@@ -164,75 +169,73 @@ def evict(most_bytes: int) -> int:
     with FileLock(folder() / "locks" / "evict.lock"):
         found = []  # last use, path, bytes
         for path in [*(folder() / "files").iterdir(), *(folder() / PARTIAL_FOLDER).iterdir()]:
-            try:
+            with suppress(FileNotFoundError):  # its process has just moved it
                 status = path.stat()
-            except FileNotFoundError:
-                continue  # its process has just taken it away
-            found.append((status.st_mtime_ns, path, status.st_size))
+                found.append((status.st_mtime, path, status.st_size))
         left = sum(size for _, _, size in found)
-        for used_ns, path, size in sorted(found):
-            idle_s = time.time() - used_ns / 1e9 if path.parent.name == PARTIAL_FOLDER else None
-            if idle_s is not None and idle_s < STALE_PART_S:
+        for used, path, size in sorted(found):
+            idle_s = time.time() - used
+            is_part = path.parent.name == PARTIAL_FOLDER
+            if is_part and idle_s < STALE_PART_S:
                 continue
-            too_old = idle_s is not None and idle_s > OLD_PART_S
-            if (left > most_bytes or too_old) and _removed(path):
+            if (left > most_bytes or (is_part and idle_s > OLD_PART_S)) and _removed(path):
                 left -= size
-        for entry in (folder() / "index").glob("*.json"):
-            remembered = _read(entry)
-            if remembered is None or not (folder() / "files" / remembered.digest).exists():
-                entry.unlink(missing_ok=True)
+        for index in (folder() / "index").glob("*.json"):
+            entry = _read(index)
+            if entry is None or not (folder() / "files" / entry.digest).exists():
+                index.unlink(missing_ok=True)
         return left
 
 
-def recall(key: str) -> Remembered | None:
-    """What is known of `key`, whether or not the file is still there."""
-    return _read(folder() / "index" / f"{_hash(key)}.json")
+def lookup(key: str) -> IndexEntry | None:
+    """Return what is known of `key`, whether or not the file is still there."""
+    return _read(_index_path(key))
 
 
-def remember(key: str, digest: str, facts: Facts, grant: str) -> None:
-    """Write down that `key` holds the content `digest`, and who may have it unasked."""
-    before = recall(key)
-    grants: tuple[str, ...] = (_hash(grant),)
+def record(key: str, digest: str, metadata: RemoteMetadata, request: str) -> None:
+    """Write down what `key` holds, and that the server has answered `request`.
+
+    The caller holds the lock of the key.
+    """
+    before = lookup(key)
+    fingerprints: tuple[str, ...] = (_hash(request),)
     if before is not None and before.digest == digest:
-        grants += tuple(old for old in before.grants if old not in grants)
-    path = folder() / "index" / f"{_hash(key)}.json"
-    content = {"digest": digest, "facts": asdict(facts), "grants": grants[:MOST_GRANTS]}
-    partial = path.with_suffix(".writing")  # the caller holds the key's lock
-    partial.write_text(json.dumps(content) + "\n")
+        fingerprints += tuple(old for old in before.fingerprints if old not in fingerprints)
+    path = _index_path(key)
+    partial = path.with_suffix(".writing")
+    entry = IndexEntry(digest, metadata, fingerprints[:MOST_FINGERPRINTS])
+    partial.write_text(json.dumps(asdict(entry)) + "\n")
     partial.replace(path)
 
 
-def is_granted(remembered: Remembered, grant: str) -> bool:
-    """Whether exactly this request has been answered before."""
-    return _hash(grant) in remembered.grants
+def _index_path(key: str) -> Path:
+    return folder() / "index" / f"{_hash(key)}.json"
 
 
-def _read(path: Path) -> Remembered | None:
+def _read(path: Path) -> IndexEntry | None:
     try:
         content = json.loads(path.read_text())
-        return Remembered(content["digest"], Facts(**content["facts"]), tuple(content["grants"]))
+        metadata = RemoteMetadata(**content["metadata"])
+        return IndexEntry(content["digest"], metadata, tuple(content["fingerprints"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None  # absent, or not ours: the server is asked as if for the first time
 
 
-def _shared(path: Path) -> io.BufferedReader | None:
-    """`path` open, with a shared lock; None where it does not exist."""
+def _open_shared(path: Path) -> io.BufferedReader | None:
+    """Open `path` with a shared lock; None where it does not exist."""
     while True:
         try:
             handle = path.open("rb")
-        except FileNotFoundError:
-            return None
-        fcntl.flock(handle, fcntl.LOCK_SH)
-        try:
+            fcntl.flock(handle, fcntl.LOCK_SH)
             if os.path.samestat(path.stat(), os.fstat(handle.fileno())):
                 return handle
         except FileNotFoundError:
-            pass
-        handle.close()  # removed or replaced between opening and locking
+            return None
+        handle.close()  # replaced between opening and locking
 
 
 def _removed(path: Path) -> bool:
-    """Remove a file unless somebody uses it."""
+    """Remove a file unless it is in use. Returns whether it was removed."""
     try:
         with path.open("rb") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -240,15 +243,6 @@ def _removed(path: Path) -> bool:
     except (BlockingIOError, FileNotFoundError):
         return False
     return True
-
-
-def _sync_folder(path: Path) -> None:
-    """A new name survives a power cut once its folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _hash(text: str) -> str:
