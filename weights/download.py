@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 import httpx
+from huggingface_hub import constants
 
 from weights import hub, transfer
 from weights.catalog import CatalogEntry, HubFiles, UrlFile
@@ -28,28 +29,28 @@ from weights.retry import CATALOG_RETRIES
 DISK_MARGIN_BYTES = 256 << 20  # left free for everything else that shares the disk
 
 
-@dataclasses.dataclass(frozen=True)
-class _Origin:
-    """Where an entry comes from at this moment."""
-
-    files: list[RemoteFile]
-    repo: str = ""  # on the hub; "" for a plain URL
-    commit: str = ""
-
-
 def download_entry(entry: CatalogEntry, folder: Path) -> dict[str, LockedFile]:
     """Bring every file of `entry` into `folder`. Returns size and sha256 by path.
 
     The caller holds the entry's lock. Files that were finished earlier stay. Raises a DownloadError
     or LockMismatch; then no file of the wrong content has its final name.
     """
-    origin = _origin(entry)
+    source = entry.source
+    repository = None
+    if isinstance(source, HubFiles):
+        locked = locked_entry(entry)
+        repository = hub.from_lock(locked) if locked is not None else hub.resolve(source)
+        files = list(repository.files.values())
+    elif isinstance(source, UrlFile):
+        files = [_file_at_url(source)]
+    else:
+        raise TypeError(f"{entry.name} is part of the repository: nothing to download")
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [file for file in origin.files if not file.matches(folder / file.path)]
+    missing = [file for file in files if not file.matches(folder / file.path)]
     if missing:
-        _fetch(dataclasses.replace(origin, files=missing), folder, entry.name)
+        _fetch(missing, repository, folder, entry.name)
     shutil.rmtree(folder / transfer.PARTIAL_FOLDER, ignore_errors=True)
-    return {file.path: _locked(folder / file.path, file) for file in origin.files}
+    return {file.path: _locked(folder / file.path, file) for file in files}
 
 
 def resolve_lock(entry: CatalogEntry) -> LockedEntry:
@@ -57,19 +58,19 @@ def resolve_lock(entry: CatalogEntry) -> LockedEntry:
     source = entry.source
     if not isinstance(source, HubFiles):
         raise TypeError(f"{entry.name} is not on the hub, so there is nothing to lock")
-    commit, files = hub.resolve(source)
+    repository = hub.resolve(source)
     large = {
-        file.path: LockedFile(file.size_bytes, file.digest.hexdigest)
-        for file in files
+        path: LockedFile(file.size_bytes, file.digest.hexdigest)
+        for path, file in repository.files.items()
         if file.size_bytes is not None and file.digest is not None and file.digest.kind == "sha256"
     }
-    small = [file for file in files if file.path not in large]
+    small = [file for path, file in repository.files.items() if path not in large]
     with tempfile.TemporaryDirectory(prefix="weights-lock-") as temporary:
         folder = Path(temporary)
         if small:
-            _fetch(_Origin(small, source.repo, commit), folder, entry.name)
+            _fetch(small, repository, folder, entry.name)
         locked = large | {file.path: _locked(folder / file.path, file) for file in small}
-    return LockedEntry(source.repo, source.revision, commit, locked)
+    return LockedEntry(source.repo, source.revision, repository.commit, locked)
 
 
 def check_disk(folder: Path, needed_bytes: int, what: str) -> None:
@@ -82,33 +83,24 @@ def check_disk(folder: Path, needed_bytes: int, what: str) -> None:
         )
 
 
-def _origin(entry: CatalogEntry) -> _Origin:
-    source = entry.source
-    if isinstance(source, UrlFile):
-        file = RemoteFile(
-            path=source.filename,
-            url=source.url,
-            limit_bytes=source.size_bytes,
-            hints=hub.CATALOG_HINTS,
-            size_bytes=source.size_bytes,
-            digest=Digest("sha256", source.sha256),
-            part_name=source.sha256,
-            mirror_path=f"{source.sha256}/{source.filename}",
-        )
-        return _Origin([file])
-    if not isinstance(source, HubFiles):
-        raise TypeError(f"{entry.name} is part of the repository: nothing to download")
-    locked = locked_entry(entry)
-    if locked is not None:
-        return _Origin(hub.locked_files(locked), locked.repo, locked.revision)
-    commit, files = hub.resolve(source)
-    return _Origin(files, source.repo, commit)
+def _file_at_url(source: UrlFile) -> RemoteFile:
+    return RemoteFile(
+        path=source.filename,
+        url=source.url,
+        limit_bytes=source.size_bytes,
+        hints=hub.CATALOG_HINTS,
+        size_bytes=source.size_bytes,
+        digest=Digest("sha256", source.sha256),
+        part_name=source.sha256,
+        mirror_path=f"{source.sha256}/{source.filename}",
+    )
 
 
-def _fetch(origin: _Origin, folder: Path, label: str) -> None:
-    """Fetch the files of `origin` into `folder`, and check them."""
-    files = origin.files
-    if hub.is_offline():
+def _fetch(
+    files: list[RemoteFile], repository: hub.Repository | None, folder: Path, label: str
+) -> None:
+    """Fetch `files` into `folder` and check them. `repository`: theirs on the hub, if any."""
+    if constants.is_offline_mode():
         raise Offline(
             f"{label}: {files[0].path} from {files[0].url} and {len(files) - 1} more files are"
             " needed and HF_HUB_OFFLINE is set: unset it once, or copy the folder from a machine"
@@ -121,8 +113,9 @@ def _fetch(origin: _Origin, folder: Path, label: str) -> None:
     have = sum(transfer.bytes_on_disk(part) for part in set(parts))
     needed = sum(file.size_bytes or 0 for file in files) - have
     check_disk(folder, needed, f"{label} ({files[0].url} …)")
-    if origin.repo and not mirror:
-        hub.download(origin.repo, origin.commit, [file.path for file in files], staging)
+    if repository is not None and not mirror:
+        paths = [file.path for file in files]
+        hub.download(repository.repo, repository.commit, paths, staging)
         for file in files:
             _publish_checked(staging / file.path, file, folder)
         return

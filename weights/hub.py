@@ -7,6 +7,7 @@ when it is imported. It does not compare hashes: `weights.download` does.
 
 import errno
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,6 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.hf_api import RepoSibling
 from tqdm import tqdm
 
 from weights.catalog import HubFiles
@@ -56,41 +56,53 @@ CATALOG_HINTS = ErrorHints(
 
 
 @dataclass(frozen=True)
-class Listing:
+class Repository:
     """The files of a repository at one commit, by path."""
 
     where: str  # for messages
     repo: str
     commit: str
-    files: dict[str, RepoSibling]
+    files: Mapping[str, RemoteFile]
+    hints: ErrorHints
+
+    def file(self, path: str) -> RemoteFile:
+        """Return one file. Raises NotOnServer where it is missing, or has no size or hash."""
+        file = self.files.get(path)
+        if file is None:
+            raise NotOnServer(f"{path} is not in {self.where}: {self.hints.missing}")
+        if file.size_bytes is None or file.digest is None:
+            raise NotOnServer(f"{path}: {self.where} gives no size or hash; check HF_ENDPOINT")
+        return file
 
 
-def endpoint() -> str:
-    """Return the hub's base address: HF_ENDPOINT or https://huggingface.co."""
-    return constants.ENDPOINT
-
-
-def is_offline() -> bool:
-    """Return whether HF_HUB_OFFLINE forbids every request."""
-    return bool(constants.is_offline_mode())
-
-
-def resolve(source: HubFiles) -> tuple[str, list[RemoteFile]]:
-    """Return the commit behind `source.revision`, and its files with sizes and hashes.
-
-    Raises a DownloadError.
-    """
-    token = get_token()  # HF_TOKEN, or what `hf auth login` stored
-    listing = with_retries(
-        lambda: list_files(source.repo, source.revision, token, CATALOG_HINTS), CATALOG_RETRIES
+def resolve(source: HubFiles) -> Repository:
+    """Return the catalog's files at the commit behind `source.revision`. Raises a DownloadError."""
+    repository = with_retries(
+        lambda: list_files(source.repo, source.revision, get_token(), CATALOG_HINTS),
+        CATALOG_RETRIES,
     )
-    return listing.commit, [
-        remote_file(listing, path, token, CATALOG_HINTS) for path in source.files
-    ]
+    files = {path: repository.file(path) for path in source.files}
+    return Repository(repository.where, source.repo, repository.commit, files, repository.hints)
 
 
-def list_files(repo: str, revision: str, token: str | None, hints: ErrorHints) -> Listing:
-    """Request everything in a repository at once.
+def from_lock(locked: LockedEntry) -> Repository:
+    """Return an entry's files as the lock file has them, without a request."""
+    files = {
+        path: _remote_file(
+            locked.repo,
+            locked.revision,
+            path,
+            file.size_bytes,
+            Digest("sha256", file.sha256),
+            CATALOG_HINTS,
+        )
+        for path, file in locked.files.items()
+    }
+    return Repository("the lock file", locked.repo, locked.revision, files, CATALOG_HINTS)
+
+
+def list_files(repo: str, revision: str, token: str | None, hints: ErrorHints) -> Repository:
+    """Return everything in a repository, by one request.
 
     Without `token` none is sent, not even one that huggingface_hub would find by itself. Raises
     TemporaryFailure where a retry may help, else a DownloadError.
@@ -108,42 +120,38 @@ def list_files(repo: str, revision: str, token: str | None, hints: ErrorHints) -
         ) from error
     if info.sha is None:
         raise NotOnServer(f"{where}: the server names no commit; check HF_ENDPOINT")
-    return Listing(where, repo, info.sha, {each.rfilename: each for each in info.siblings or ()})
+    files = {}
+    for each in info.siblings or ():
+        digest = None  # large files (git LFS) have a sha256, small ones only their git blob id
+        if each.lfs is not None:
+            digest = Digest("sha256", each.lfs.sha256)
+        elif each.blob_id is not None:
+            digest = Digest("git-sha1", each.blob_id)
+        path = each.rfilename
+        files[path] = _remote_file(repo, info.sha, path, each.size, digest, hints, token)
+    return Repository(where, repo, info.sha, files, hints)
 
 
-def remote_file(listing: Listing, path: str, token: str | None, hints: ErrorHints) -> RemoteFile:
-    """Return one file of a listing. Raises NotOnServer where it is not in it, or not described.
-
-    Large files (git LFS) have a sha256; small ones only their git blob id, which is a sha1.
-    """
-    found = listing.files.get(path)
-    if found is None:
-        raise NotOnServer(f"{path} is not in {listing.where}: {hints.missing}")
-    if found.lfs is not None:
-        digest = Digest("sha256", found.lfs.sha256)
-    elif found.blob_id is not None:
-        digest = Digest("git-sha1", found.blob_id)
-    else:
-        raise NotOnServer(f"{path}: {listing.where} gives no hash for it; check HF_ENDPOINT")
-    if found.size is None:
-        raise NotOnServer(f"{path}: {listing.where} gives no size for it; check HF_ENDPOINT")
-    return _remote_file(listing.repo, listing.commit, path, found.size, digest, token, hints)
-
-
-def locked_files(locked: LockedEntry) -> list[RemoteFile]:
-    """Return the files of an entry as the lock file has them, without a request."""
-    return [
-        _remote_file(
-            locked.repo,
-            locked.revision,
-            path,
-            file.size_bytes,
-            Digest("sha256", file.sha256),
-            None,
-            CATALOG_HINTS,
-        )
-        for path, file in locked.files.items()
-    ]
+def _remote_file(
+    repo: str,
+    commit: str,
+    path: str,
+    size_bytes: int | None,
+    digest: Digest | None,
+    hints: ErrorHints,
+    token: str | None = None,
+) -> RemoteFile:
+    return RemoteFile(
+        path=path,
+        url=hf_hub_url(repo, path, revision=commit, endpoint=constants.ENDPOINT),
+        limit_bytes=size_bytes or 0,
+        hints=hints,
+        size_bytes=size_bytes,
+        digest=digest,
+        part_name=digest.hexdigest if digest else "",
+        headers=((("Authorization", f"Bearer {token}"),) if token else ()),
+        mirror_path=f"{repo}/{commit}/{path}",
+    )
 
 
 def download(repo: str, commit: str, paths: list[str], folder: Path) -> None:
@@ -186,7 +194,7 @@ def _download(repo: str, commit: str, paths: list[str], folder: Path) -> None:
 
 
 class _StoppableBar(tqdm):  # type: ignore[type-arg]
-    """A progress bar whose next update ends the download that it belongs to."""
+    """A progress bar whose next update can end the download that it belongs to."""
 
     def __init__(self, *args: object, stop: threading.Event, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[call-overload]
@@ -197,28 +205,6 @@ class _StoppableBar(tqdm):  # type: ignore[type-arg]
         if self._stop.is_set():
             raise KeyboardInterrupt
         return super().update(n)
-
-
-def _remote_file(
-    repo: str,
-    commit: str,
-    path: str,
-    size_bytes: int,
-    digest: Digest,
-    token: str | None,
-    hints: ErrorHints,
-) -> RemoteFile:
-    return RemoteFile(
-        path=path,
-        url=hf_hub_url(repo, path, revision=commit, endpoint=constants.ENDPOINT),
-        limit_bytes=size_bytes,
-        hints=hints,
-        size_bytes=size_bytes,
-        digest=digest,
-        part_name=digest.hexdigest,
-        headers=((("Authorization", f"Bearer {token}"),) if token else ()),
-        mirror_path=f"{repo}/{commit}/{path}",
-    )
 
 
 def _translated(
@@ -234,7 +220,13 @@ def _translated(
     if isinstance(error, OfflineModeIsEnabled):
         return Offline(f"{where}: HF_HUB_OFFLINE is set; unset it to download")
     if isinstance(error, HfHubHTTPError):
-        return _refusal(error, where, hints)
+        status, path = error.response.status_code, error.response.request.url.path
+        if isinstance(error, GatedRepoError) or status in (401, 403):
+            remedy = f"{hints.denied}, and check the repository's name"
+            return AccessDenied(f"{where} answered {status} for {path}: {remedy}")
+        if status == 404:
+            return NotOnServer(f"{where} does not exist, or has no {path}: {hints.missing}")
+        return DownloadError(f"{where} answered {status} for {path}: {hints.other}")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(
             f"{where}: the disk is full ({error.filename or error}); free some and run again, or"
@@ -244,18 +236,6 @@ def _translated(
         detail = str(error).splitlines()[0]
         return ChecksumMismatch(f"{where}: {detail} Try again; if it persists, {hints.changed}")
     return DownloadError(f"{where}: {error}; {hints.other}")
-
-
-def _refusal(error: HfHubHTTPError, where: str, hints: ErrorHints) -> DownloadError:
-    status = error.response.status_code
-    path = error.response.request.url.path
-    if isinstance(error, GatedRepoError) or status in (401, 403):
-        return AccessDenied(
-            f"{where} answered {status} for {path}: {hints.denied}, and check the repository's name"
-        )
-    if status == 404:
-        return NotOnServer(f"{where} does not exist, or has no {path}: {hints.missing}")
-    return DownloadError(f"{where} answered {status} for {path}: {hints.other}")
 
 
 def _client_factory() -> httpx.Client:

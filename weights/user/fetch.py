@@ -14,8 +14,9 @@ import sys
 from dataclasses import replace
 
 import httpx
+from huggingface_hub import constants
 
-from weights import download, hub, transfer
+from weights import download, transfer
 from weights.errors import AccessDenied, DownloadError, NotOnServer, Offline, TransferFailed
 from weights.http import Digest, RemoteFile, RemoteMetadata, too_large
 from weights.retry import USER_RETRIES, with_retries
@@ -140,7 +141,7 @@ def _client(source: RemoteSource) -> httpx.Client:
 def _key(source: RemoteSource) -> str:
     """Return what names the same file every time: an address loses its signature."""
     if isinstance(source, HubRepository):
-        return f"{hub.endpoint()} {source.repo} {source.revision} {source.file or ''}"
+        return f"{constants.ENDPOINT} {source.repo} {source.revision} {source.file or ''}"
     if not isinstance(source, WebFile):
         return f"civitai {source.model}"
     url = httpx.URL(source.url)

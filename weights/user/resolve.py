@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 
 import httpx
+from huggingface_hub import constants
 
 from weights import hub
 from weights.errors import NotOnServer, Offline
@@ -47,7 +48,7 @@ def resolve(
     `key` names the file's part on the disk. Raises TemporaryFailure where a retry may help, else a
     DownloadError.
     """
-    if hub.is_offline():
+    if constants.is_offline_mode():
         raise Offline(f"{source.name}: HF_HUB_OFFLINE is set; unset it to fetch weights")
     if isinstance(source, HubRepository):
         return _resolve_on_hub(source, key, tokens, before)
@@ -76,10 +77,10 @@ def resolve(
 def _resolve_on_hub(
     source: HubRepository, key: str, tokens: Tokens, before: RemoteMetadata | None
 ) -> tuple[RemoteFile, RemoteMetadata] | None:
-    token = tokens.hub if hub.endpoint().startswith("https://") else None
-    listing = hub.list_files(source.repo, source.revision, token, HUB_HINTS)
-    path = _choose(source, listing)
-    file = hub.remote_file(listing, path, token, HUB_HINTS)
+    token = tokens.hub if constants.ENDPOINT.startswith("https://") else None
+    repository = hub.list_files(source.repo, source.revision, token, HUB_HINTS)
+    path = _choose(source, repository)
+    file = repository.file(path)
     assert file.digest is not None
     digest = file.digest.hexdigest
     metadata = RemoteMetadata(file.size_bytes, digest, None, "", PurePosixPath(path).name)
@@ -94,11 +95,11 @@ def _part_name(identity: str) -> str:
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
-def _choose(source: HubRepository, listing: hub.Listing) -> str:
+def _choose(source: HubRepository, repository: hub.Repository) -> str:
     """Return the file that is named, or the only one that can be meant."""
-    weights = sorted(path for path in listing.files if path.lower().endswith(SUFFIXES))
+    weights = sorted(path for path in repository.files if path.lower().endswith(SUFFIXES))
     at_root = [path for path in weights if "/" not in path]
-    if source.file is not None and source.file in listing.files:
+    if source.file is not None and source.file in repository.files:
         return source.file
     if source.file is None and len(at_root) == 1:
         return at_root[0]
@@ -108,8 +109,8 @@ def _choose(source: HubRepository, listing: hub.Listing) -> str:
                 return path
     wanted = f"{source.file} is not in" if source.file else "no single file can be meant of"
     raise NotOnServer(
-        f"{source.name}: {wanted} {listing.where}; name one as {source.repo}:file. Its weights and"
-        f" archives: {quote_list(weights, MOST_CANDIDATES)}"
+        f"{source.name}: {wanted} {repository.where}; name one as {source.repo}:file. Its weights"
+        f" and archives: {quote_list(weights, MOST_CANDIDATES)}"
     )
 
 
@@ -130,7 +131,7 @@ def _newest_version(client: httpx.Client, source: CivitaiModel, tokens: Tokens) 
 def _authorization(url: str, tokens: Tokens) -> tuple[tuple[str, str], ...]:
     """Return the token for this address's host, if there is one and the connection is secret."""
     host = httpx.URL(url)
-    home = httpx.URL(hub.endpoint())
+    home = httpx.URL(constants.ENDPOINT)
     token = None
     if (host.scheme, host.host, host.port) == ("https", "civitai.com", None):
         token = tokens.civitai
