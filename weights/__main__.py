@@ -15,7 +15,7 @@ environment:
   WEIGHTS_CACHE    where downloads are kept (default ~/.cache/cog-stable-diffusion; in a
                    container, /src/.cache/cog-stable-diffusion)
   WEIGHTS_CACHE_BYTES  how much of what requests name is kept there (default 20000000000)
-  WEIGHTS_ALLOW_HOSTS  inner hosts that requests may name, see weights/addresses.py
+  WEIGHTS_ALLOW_HOSTS  inner hosts that requests may name, see weights/user/ssrf_guard.py
   WEIGHTS_MIRROR   base address that replaces the hub, see weights/download.py
   HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE  as in huggingface_hub
 """

@@ -12,13 +12,14 @@ import re
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 from huggingface_hub import constants
 
 from weights import download, transfer
 from weights.errors import AccessDenied, DownloadError, NotOnServer, Offline, TransferFailed
-from weights.http import Digest, RemoteFile, RemoteMetadata, too_large
+from weights.http import Digest, RemoteFile, too_large
 from weights.retry import USER_RETRIES, with_retries
 from weights.user import cache, ssrf_guard
 from weights.user.cache import CachedFile
@@ -41,57 +42,58 @@ def fetch(source: Source, tokens: Tokens) -> CachedFile:
     Raises a WeightsError that names the source. What arrived before a failure is resumed by the
     next call.
     """
+    if isinstance(source, LocalFile):
+        digest = Digest.of(source.path, "sha256").hexdigest
+        return CachedFile(source.path, digest, source.path.name, close=lambda: None)
+    key = _key(source)
+    slot = cache.Slot(key, source.name)
     try:
-        if isinstance(source, LocalFile):
-            digest = Digest.of(source.path, "sha256").hexdigest
-            return CachedFile(source.path, digest, source.path.name, source.path.open("rb"))
         if isinstance(source, InlineFile):
-            return _keep_inline(source)
-        return _fetch(source, tokens)
+            return _keep_inline(source, slot)
+        return _fetch(source, key, tokens, slot)
     except DownloadError as error:
+        slot.close()
         if source.name in str(error):
             raise
         # Behind a name or a redirect, and on the hub, only the place was known.
         raise type(error)(f"{source.name}: {error}") from error
+    except BaseException:
+        slot.close()
+        raise
 
 
-def _fetch(source: RemoteSource, tokens: Tokens) -> CachedFile:
-    key = _key(source)
-    request = _exact_request(source, key, tokens)
-    with cache.fetching(key, source.name), _client(source) as client:
-        entry = cache.lookup(key)
-        copy = cache.get(entry.digest, entry.metadata.file_name) if entry else None
-        before = entry.metadata if entry is not None and copy is not None else None
+def _fetch(source: RemoteSource, key: str, tokens: Tokens, slot: cache.Slot) -> CachedFile:
+    entry = slot.entry()
+    before = entry.metadata if entry is not None else None
+    exact = source.url if isinstance(source, WebFile) else key
+    request = f"{exact}\n{tokens.hub}\n{tokens.civitai}"
+    with _client(source) as client:
         try:
             resolved = with_retries(
                 lambda: resolve(client, source, key, tokens, before), USER_RETRIES
             )
         except (AccessDenied, NotOnServer, Offline, TransferFailed) as error:
-            if entry is None or copy is None or not entry.may_use(request):
+            if entry is None or not entry.may_use(request):
                 raise
             print(f"{error} (the copy in the cache is used)", file=sys.stderr)
-            return copy
-        if resolved is None:
+            return slot.file(entry.digest, entry.metadata.file_name)
+        if resolved is not None:
+            file, metadata = resolved
+            digest = slot.add(_download(client, file, slot.folder))
+        else:
             assert entry is not None
-            assert copy is not None
-            cache.record(key, entry.digest, entry.metadata, request)
-            return copy
-        if copy is not None:
-            copy.close()  # an old version
-        file, metadata = resolved
-        new = _download(client, file, metadata)
-        cache.record(key, new.digest, metadata, request)
-        return new
+            digest, metadata = entry.digest, entry.metadata
+    slot.record(digest, metadata, request)
+    return slot.file(digest, metadata.file_name)
 
 
-def _download(client: httpx.Client, file: RemoteFile, metadata: RemoteMetadata) -> CachedFile:
-    """Bring a file into the cache, unless its content is there already."""
-    if file.digest is not None and file.digest.kind == "sha256":
-        cached = cache.get(file.digest.hexdigest, metadata.file_name)
-        if cached is not None:
-            return cached
-    folder = cache.folder()
-    have = transfer.bytes_on_disk(transfer.partial_path(folder, file))
+def _download(client: httpx.Client, file: RemoteFile, folder: Path) -> Path:
+    """Return the complete part of a file in `folder`. Raises a DownloadError."""
+    part = transfer.partial_path(folder, file)
+    for old in part.parent.glob("*"):
+        if old != part:  # of another version
+            old.unlink()
+    have = transfer.bytes_on_disk(part)
     if file.size_bytes is not None:
         if file.size_bytes > file.limit_bytes:
             raise too_large(file)
@@ -101,34 +103,30 @@ def _download(client: httpx.Client, file: RemoteFile, metadata: RemoteMetadata) 
         room = min(cache.budget_bytes(), have + max(0, free))
         file = replace(file, limit_bytes=min(file.limit_bytes, room))
     _make_room((file.size_bytes or have) - have, file.where)
-    return cache.add(transfer.download(client, file, folder, USER_RETRIES), metadata.file_name)
+    return transfer.download(client, file, folder, USER_RETRIES)
 
 
-def _keep_inline(source: InlineFile) -> CachedFile:
+def _keep_inline(source: InlineFile, slot: cache.Slot) -> CachedFile:
     """Keep content that came in the request as a file like the others."""
     digest = hashlib.sha256(source.content).hexdigest()
-    with cache.fetching(digest, source.name):
-        copy = cache.get(digest, source.file_name)
-        if copy is not None:
-            return copy
-        cache.check_budget(len(source.content), source.name)
-        _make_room(len(source.content), source.name)
-        part = cache.folder() / transfer.PARTIAL_FOLDER / digest
-        try:
-            part.write_bytes(source.content)
-            return cache.add(part, source.file_name)
-        except OSError as error:
-            raise DownloadError(f"{source.name}: cannot write {part}: {error}") from error
+    cache.check_budget(len(source.content), source.name)
+    _make_room(len(source.content), source.name)
+    part = slot.path.with_suffix(".part")
+    try:
+        part.write_bytes(source.content)
+        slot.add(part)
+    except OSError as error:
+        raise DownloadError(f"{source.name}: cannot write {part}: {error}") from error
+    return slot.file(digest, source.file_name)
 
 
 def _make_room(needed_bytes: int, what: str) -> None:
     """Keep the budget; where the disk has less than that, evict for its sake too."""
     left = cache.evict(cache.budget_bytes())
-    free = shutil.disk_usage(cache.folder()).free
-    missing = needed_bytes + download.DISK_MARGIN_BYTES - free
+    missing = needed_bytes + download.DISK_MARGIN_BYTES - shutil.disk_usage(cache.root()).free
     if missing > 0:
         cache.evict(max(0, left - missing))
-    download.check_disk(cache.folder(), needed_bytes, what)
+    download.check_disk(cache.root(), needed_bytes, what)
 
 
 def _client(source: RemoteSource) -> httpx.Client:
@@ -138,8 +136,10 @@ def _client(source: RemoteSource) -> httpx.Client:
     return ssrf_guard.guarded_client()
 
 
-def _key(source: RemoteSource) -> str:
+def _key(source: RemoteSource | InlineFile) -> str:
     """Return what names the same file every time: an address loses its signature."""
+    if isinstance(source, InlineFile):
+        return hashlib.sha256(source.content).hexdigest()
     if isinstance(source, HubRepository):
         return f"{constants.ENDPOINT} {source.repo} {source.revision} {source.file or ''}"
     if not isinstance(source, WebFile):
@@ -153,9 +153,3 @@ def _key(source: RemoteSource) -> str:
         if not (_SIGNATURE.fullmatch(name) or (is_azure and _AZURE.fullmatch(name)))
     ]
     return str(url.copy_with(query="&".join(kept).encode() or None, fragment=None))
-
-
-def _exact_request(source: RemoteSource, key: str, tokens: Tokens) -> str:
-    """Return the request with signature and tokens, for its fingerprint."""
-    exact = source.url if isinstance(source, WebFile) else key
-    return f"{exact}\n{tokens.hub}\n{tokens.civitai}"
