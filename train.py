@@ -10,6 +10,11 @@ import tempfile
 from pathlib import Path as LocalPath
 from typing import TYPE_CHECKING, List, Optional  # noqa: UP035  the spelling that every version of Cog's parser reads
 
+# Imported here, although only trainings use it. Cog runs each training on a thread of its own, made
+# outside Python. pybind11 remembers the thread state of whoever first imports an extension built
+# with it, and would be left with one that is gone: a later training then waits for the GIL forever
+# (pybind/pybind11#2888). torch, torchvision, triton and scipy share that memory, so one is enough.
+import torch
 from cog import BaseModel, Input, Path
 
 from preprocess.crop import BucketRules, make_buckets, square_bucket
@@ -329,8 +334,6 @@ def _train(
     output: LocalPath,
 ) -> TrainingOutput:
     """Photos → examples → a trained model → files in `output`."""
-    from torch import device as torch_device
-
     from preprocess.prepare import prepare, prepare_class_images
     from training import export, loop, model, optimizers
     from training.dataset import Example
@@ -357,7 +360,7 @@ def _train(
         others = prepare_class_images(_file("class_images", class_images), settings, output)
     photos = prepare(_file("input_images", input_images), settings, edition, device, output)
     base = model.load(
-        TRAINABLE_MODELS[edition][DEFAULT_BASE_MODEL], edition, torch_device(device), config.method
+        TRAINABLE_MODELS[edition][DEFAULT_BASE_MODEL], edition, torch.device(device), config.method
     )
     examples = [example(photo) for photo in photos]
     previews: List[Previews] = []
