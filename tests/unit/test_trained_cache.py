@@ -333,7 +333,7 @@ def test_a_file_that_another_process_uses_is_not_evicted(web: FakeWeb):
     digest = put(web, "a", 1_000)
     folder = folders()[digest]
     code = (
-        "import sys; from filelock import FileLock; FileLock(sys.argv[1]).acquire();"
+        "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire();"
         "print('locked', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
