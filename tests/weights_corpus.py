@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from tests.brought_weights import data_uri
 from tests.fake_hub import COMMIT
 from tests.fake_web import Page
 from tests.hostile_files import ARCHIVES, CONTAINERS, HEADERS, LORA, UNFIT, with_pax, with_size
@@ -19,6 +18,7 @@ from tests.trained_files import (
     tar_bytes,
     zip_bytes,
 )
+from tests.user_weight_fixtures import data_uri
 from weights.formats.safetensors_checks import MAX_HEADER_BYTES
 
 BOMB_BYTES = 70_000_000  # more than may be expanded whatever the ratio

@@ -13,8 +13,8 @@ from PIL import Image
 import generation.painter
 from generation.passes import Acceleration, Passes
 from generation.request import Margins
-from tests.brought_weights import data_uri, visible_lora
 from tests.comparison import max_difference, nearly_equal
+from tests.user_weight_fixtures import data_uri, visible_lora
 from weights.miniature.evaluate import FOLDER, load_pipeline
 
 SMALL = {"width": 64, "height": 72, "num_inference_steps": 3, "guidance_scale": 4.5, "seed": 77}

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from generation.base_models import MINIATURE_SDXL
 from generation.prompts import CACHED_TEXTS, MAX_CHUNKS, EmbeddingCache, Texts
 from generation.request import resolve
-from tests.brought_weights import data_uri, word_archive
 from tests.requests import REQUEST
+from tests.user_weight_fixtures import data_uri, word_archive
 
 TOKENS = 75  # of a chunk, beside its start and end
 PLAIN = "a large red circle on a blue background"

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from generation.adapters import Adapter, AdapterSlot
+from tests.archives import tar_members
 from tests.miniature.test_training import CPU, QUICK, Recorder, small_examples
-from tests.packed import tar_members
 from training import export, loop
 from training.base_models import MINIATURE_SDXL, Method
 from training.config import LoraFormat

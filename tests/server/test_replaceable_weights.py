@@ -8,12 +8,12 @@ import json
 
 import pytest
 
-from tests.brought_weights import data_uri, visible_lora, word_archive
 from tests.fake_hub import COMMIT
 from tests.fake_web import Page, running_web
 from tests.hostile_files import UNFIT
 from tests.server.conftest import are_alike, serving, wait_for
 from tests.server.internet import hub_pages
+from tests.user_weight_fixtures import data_uri, visible_lora, word_archive
 
 PROMPT = "a large {} circle on a blue background"
 QUICK = {"num_inference_steps": 2, "width": 64, "height": 64, "seed": 1}

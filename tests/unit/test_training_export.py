@@ -14,7 +14,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save
 
-from tests.packed import tar_members
+from tests.archives import tar_members
 from tests.trained_files import (
     change,
     matrices,

@@ -45,17 +45,12 @@ class Embedding:
 
 def is_embedding_file(file: SafetensorsFile) -> bool:
     """Return whether the tensors' names are those of a textual inversion."""
-    keys = set(file.tensors)
+    ranks = [len(shape) for shape in file.shapes.values()]
     return (
-        keys <= {*_ENCODER_OF_KEY, *(f"{key}_out" for key in _ENCODER_OF_KEY)}
-        or all(_NAMELESS.fullmatch(key) for key in keys)
-        or _is_diffusers(file)
+        all(key.removesuffix("_out") in _ENCODER_OF_KEY for key in file.tensors)
+        or all(_NAMELESS.fullmatch(key) for key in file.tensors)
+        or ranks in ([1], [2])  # diffusers: one tensor, under its token's name
     )
-
-
-def _is_diffusers(file: SafetensorsFile) -> bool:
-    shapes = list(file.shapes.values())
-    return len(shapes) == 1 and len(shapes[0]) in (1, 2)
 
 
 def read_embeddings(file: SafetensorsFile, stem: str, shapes: ModelShapes) -> list[Embedding]:
