@@ -384,7 +384,7 @@ UNFIT = {
     "middle scalar": (lora(lora_mid_weight=torch.tensor(1.0)), "middle matrix"),
     "said twice": (
         lora() | {f"unet.{ATTN1}.to_q.lora_A.weight": DOWN},
-        "two tensors for the same matrix",
+        "two tensors for a matrix",
     ),
     "stray tensor": (lora() | {"strange": DOWN}, "a LoRA with other tensors in it: 'strange'"),
     "on embeddings": (

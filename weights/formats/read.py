@@ -111,26 +111,21 @@ def _read_json(name: str, base: str, texts: Mapping[str, Path]) -> object:
     try:
         content: object = json.loads(texts[base].read_bytes())
     except (ValueError, RecursionError) as error:
-        raise BadWeights(
-            f"{name}: {base} in it is no valid JSON. Train or export it again."
-        ) from error
+        fault = f"{base} in it is no valid JSON"
+        raise BadWeights(f"{name}: {fault}. Train or export it again.") from error
     return content
 
 
 def _check_special(name: str, content: object) -> dict[str, str]:
     example = 'Write it as {"TOK": "<s0><s1>"}.'
     if not isinstance(content, dict) or len(content) > MAX_TRIGGERS:
-        raise BadWeights(
-            f"{name}: {_SPECIAL_PARAMS} in it is not a JSON object of up to {MAX_TRIGGERS}"
-            f" entries. {example}"
-        )
+        fault = f"is not a JSON object of up to {MAX_TRIGGERS} entries"
+        raise BadWeights(f"{name}: {_SPECIAL_PARAMS} in it {fault}. {example}")
     for word, tokens in content.items():
         _check_trigger(name, word)
         if not isinstance(tokens, str):
-            raise BadWeights(
-                f"{name}: {_SPECIAL_PARAMS} in it gives {quote(word)} a value that is no text."
-                f" {example}"
-            )
+            fault = f"gives {quote(word)} a value that is no text"
+            raise BadWeights(f"{name}: {_SPECIAL_PARAMS} in it {fault}. {example}")
     return content
 
 
@@ -167,26 +162,21 @@ def _add_file(found: _Found, file: SafetensorsFile, stem: str, adapter_config: o
     pooling = file.metadata.get(POOLING_HEADER_KEY)
     if pooling is not None:
         if pooling not in {str(known) for known in Pooling}:
-            raise BadWeights(
-                f"{file.subject}: its header has pooling {quote(pooling)}; there are"
-                f" {' and '.join(Pooling)}. Export it again."
-            )
+            fault = f"pooling {quote(pooling)}; there are {' and '.join(Pooling)}"
+            raise BadWeights(f"{file.subject}: its header has {fault}. Export it again.")
         found.poolings.add(Pooling(pooling))
 
 
 def _refuse(file: SafetensorsFile, what: str | None) -> None:
     if what is not None:
-        raise BadWeights(
-            f"{file.subject} is {what}, and cannot be used here. {READABLE}, for this model."
-        )
+        fault = f"is {what}, and cannot be used here"
+        raise BadWeights(f"{file.subject} {fault}. {READABLE}, for this model.")
 
 
 def _refuse_second(file: SafetensorsFile, found: _Found) -> None:
     if found.lora or found.parameters:
-        raise BadWeights(
-            f"{file.subject} is the second LoRA, UNet or checkpoint in the archive. Pack the one"
-            " that you mean."
-        )
+        fault = "is the second LoRA, UNet or checkpoint in the archive"
+        raise BadWeights(f"{file.subject} {fault}. Pack the one that you mean.")
 
 
 def _add_model(found: _Found, file: SafetensorsFile, keys: list[str]) -> None:
@@ -257,10 +247,8 @@ def _name_tokens(
         for trigger in embedding.triggers:
             _check_trigger(name, trigger)
             if trigger in triggers:
-                raise BadWeights(
-                    f"{name} gives the trigger word {quote(trigger)} to two textual inversions."
-                    " Rename one."
-                )
+                fault = f"gives the trigger word {quote(trigger)} to two textual inversions"
+                raise BadWeights(f"{name} {fault}. Rename one.")
             triggers[trigger] = "".join(tokens)
     known = {token for entry in embeddings for token in entry.placeholder_tokens}
     for trigger, value in triggers.items():
