@@ -75,7 +75,7 @@ def ensure(name: str, edition: Edition) -> Path:
 @contextmanager
 def one_at_a_time(lock_path: Path, name: str) -> Iterator[None]:
     """Hold a lock against other threads and processes; prints a line if it has to wait."""
-    lock = FileLock(lock_path)
+    lock = FileLock(lock_path, thread_local=False)  # may be released by another thread
     try:
         lock.acquire(timeout=0)
     except Timeout:

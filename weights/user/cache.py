@@ -31,8 +31,8 @@ from weights.transfer import publish
 DEFAULT_BUDGET_BYTES = 20_000_000_000
 MOST_FINGERPRINTS = 16
 
-# What this process has hashed and found right, by path: inode and size at that time.
-_verified: dict[Path, tuple[int, int]] = {}
+# What this process has hashed, by path: inode and size at that time, and the sha256.
+_verified: dict[Path, tuple[int, int, str]] = {}
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,12 @@ class Slot:
             status = self.path.stat()
         except (OSError, ValueError, KeyError, TypeError):
             return None  # absent, or not ours: the server is asked as if for the first time
-        if _verified.get(self.path) != (status.st_ino, status.st_size):
+        expected = (status.st_ino, status.st_size, entry.digest)
+        if _verified.get(self.path) != expected:
             if Digest.of(self.path, "sha256").hexdigest != entry.digest:
                 print(f"{self.path} is damaged and will be fetched again", file=sys.stderr)
                 return None
-            _verified[self.path] = (status.st_ino, status.st_size)
+            _verified[self.path] = expected
         return entry
 
     def add(self, part: Path) -> str:
@@ -123,7 +124,7 @@ class Slot:
         digest = Digest.of(part, "sha256").hexdigest
         publish(part, self.path)
         status = self.path.stat()
-        _verified[self.path] = (status.st_ino, status.st_size)
+        _verified[self.path] = (status.st_ino, status.st_size, digest)
         evict(budget_bytes())
         return digest
 
