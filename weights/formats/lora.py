@@ -48,7 +48,7 @@ def read_lora(
     """Return the deltas that the tensors `keys` describe, in the shapes of the model's modules.
 
     `adapter_config`: the content of PEFT's adapter_config.json, or None. Raises BadWeights for
-    modules that the model lacks, and for incomplete or contradictory tensors.
+    modules that the model lacks or has in another shape, and for incomplete tensors.
     """
     modules = shapes.modules()
     groups, styles = _group(file, keys, modules)
@@ -59,7 +59,20 @@ def read_lora(
         config = configs.get(module.split(".", 1)[0]) or configs.get("") or _PeftConfig()
         found = {role: tensors[key] for role, key in roles.items()}
         deltas[module] = _delta(file.subject, module, found, modules[module], config)
+    misfits = [module for module, delta in deltas.items() if not _fits(delta, modules[module])]
+    if misfits:
+        module, delta = misfits[0], deltas[misfits[0]]
+        raise BadWeights(
+            f"{file.subject} does not fit this model: {len(misfits)} of {len(deltas)} modules, the"
+            f" first {quote(module)}, with down {tuple(delta.down.shape)} and up"
+            f" {tuple(delta.up.shape)} for a weight of {modules[module]}"
+            f"{guess_family(file.shapes)}. {ANOTHER_MODEL}."
+        )
     return Lora(deltas, _describe(deltas, styles))
+
+
+def _fits(delta: LoraDelta, weight_shape: tuple[int, ...]) -> bool:
+    return delta.up.shape[0] == weight_shape[0] and delta.down.shape[1:] == weight_shape[1:]
 
 
 def _group(

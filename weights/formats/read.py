@@ -27,7 +27,6 @@ from weights.formats.detect import (
 )
 from weights.formats.lora import Lora, is_lora_key, read_lora
 from weights.formats.safetensors_checks import SafetensorsFile, open_safetensors
-from weights.formats.shape_checks import check_fits
 from weights.formats.textual_inversion import (
     BUNDLE_PREFIX,
     Embedding,
@@ -206,6 +205,13 @@ def _add_model(found: _Found, file: SafetensorsFile, keys: list[str]) -> None:
             f" model lacks, the first {quote(unknown[0])}{guess_family(file.shapes)}."
             f" {ANOTHER_MODEL}."
         )
+    bad = [key for key in keys if parameters[f"{UNET}.{key}"] != file.shapes[key]]
+    if bad:
+        raise BadWeights(
+            f"{file.subject} is a UNet that does not fit this model: {len(bad)} of {len(keys)}"
+            f" parameters, the first {quote(bad[0])} with {file.shapes[bad[0]]} for"
+            f" {parameters[f'{UNET}.{bad[0]}']}{guess_family(file.shapes)}. {ANOTHER_MODEL}."
+        )
     found.parameters = {f"{UNET}.{key}": tensor for key, tensor in file.read(keys).items()}
 
 
@@ -218,7 +224,7 @@ def _finish(found: _Found, special: dict[str, str] | None) -> TrainedWeights:
     pooling = next(iter(found.poolings), None) or (
         Pooling.ARGMAX if any(each.pooling is Pooling.ARGMAX for each in merged) else Pooling.EOS
     )
-    weights = TrainedWeights(
+    return TrainedWeights(
         lora=found.lora.deltas if found.lora else {},
         parameters=found.parameters,
         checkpoint=found.checkpoint,
@@ -227,8 +233,6 @@ def _finish(found: _Found, special: dict[str, str] | None) -> TrainedWeights:
         pooling=pooling,
         description=_describe(found, embeddings, triggers),
     )
-    check_fits(weights, found.shapes, found.name)
-    return weights
 
 
 def _name_tokens(
