@@ -59,9 +59,9 @@ class ControlMaps:
         if name is not None:
             seen = annotators.annotate(name, seen, self._plan.annotators, self._detectors)
         if annotators.is_empty(seen):
-            looks_for = "anything" if name is None else annotators.ANNOTATORS[name].looks_for
+            detects = "anything" if name is None else annotators.ANNOTATORS[name].detects
             print(
-                f"{control.name}: {control.spec.name} does not find {looks_for} in the picture;"
+                f"{control.name}: {control.spec.name} does not find {detects} in the picture;"
                 " its map is of one colour and says nothing",
                 flush=True,
             )

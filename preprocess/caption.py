@@ -1,25 +1,20 @@
-"""Photos → captions, by BLIP (arXiv:2201.12086).
+"""Images → captions, by BLIP (arXiv:2201.12086).
 
-The captions are the same on every run: a beam search draws nothing at random. cog-sdxl samples them
-before it sets its seed, so no seed repeats a training (preprocess.py, blip_captioning_dataset).
+Beam search is not random, so a training can be repeated by its seed. cog-sdxl samples its captions
+before it sets the seed (preprocess.py, blip_captioning_dataset).
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image
 
-from preprocess.models import borrowed
+from preprocess.models import pretrained
 from weights import cache
 from weights.catalog import Edition
 from weights.edition import Device
 
-if TYPE_CHECKING:
-    from transformers import BlipForConditionalGeneration, BlipProcessor
-
-# salesforce/BLIP, models/blip.py (prompt) and configs/caption_coco.yaml (beams): its captions were
-# learnt, and published figures measured, behind this beginning, which is then taken off.
+# salesforce/BLIP, models/blip.py (prompt) and configs/caption_coco.yaml (beams): BLIP was
+# fine-tuned and evaluated with this prefix, which is removed afterwards.
 PROMPT = "a picture of"
 BEAMS = 3
 MAX_NEW_TOKENS = 40  # BLIP's own 20 cut longer descriptions off
@@ -27,15 +22,15 @@ BATCH = 8
 
 
 def caption(images: Sequence[Image.Image], edition: Edition, device: Device) -> list[str]:
-    """One description of each picture, in lower case, without a final full stop.
+    """Return a description of each image, in lower case, without a final full stop.
 
     Args:
         images: mode RGB, of any sizes.
-        edition: whose BLIP; it is fetched where it is missing.
-        device: what it runs on; its memory is free again afterwards.
+        edition: whose BLIP to use; it is downloaded if missing.
+        device: to run on; its memory is freed afterwards.
 
     Raises:
-        WeightsError: if BLIP cannot be fetched.
+        WeightsError: if BLIP cannot be downloaded.
     """
     if not images:
         return []
@@ -43,35 +38,16 @@ def caption(images: Sequence[Image.Image], edition: Edition, device: Device) -> 
 
     folder = cache.ensure("blip-captioning", edition)
     processor = BlipProcessor.from_pretrained(folder, local_files_only=True)
-
-    def load() -> "BlipForConditionalGeneration":
-        return BlipForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
-        )
-
-    captions: list[str] = []
-    with borrowed(load, device) as model:
+    texts: list[str] = []
+    with pretrained(BlipForConditionalGeneration, folder, device) as model:
         for start in range(0, len(images), BATCH):
-            captions += _describe(model, processor, images[start : start + BATCH])
-    return captions
-
-
-def _describe(
-    model: "BlipForConditionalGeneration",
-    processor: "BlipProcessor",
-    images: Sequence[Image.Image],
-) -> list[str]:
-    inputs = processor(images=list(images), text=[PROMPT] * len(images), return_tensors="pt")
-    ids = model.generate(
-        **inputs.to(model.device),
-        num_beams=BEAMS,
-        do_sample=False,
-        max_new_tokens=MAX_NEW_TOKENS,
-    )
-    return [_clean(text) for text in processor.batch_decode(ids, skip_special_tokens=True)]
-
-
-def _clean(text: str) -> str:
-    """What was said after the prompt, on one line."""
-    words = " ".join(text.split()).lower().removeprefix(PROMPT)
-    return words.strip(" .")
+            batch = list(images[start : start + BATCH])
+            inputs = processor(images=batch, text=[PROMPT] * len(batch), return_tensors="pt")
+            ids = model.generate(
+                **inputs.to(device),
+                num_beams=BEAMS,
+                do_sample=False,
+                max_new_tokens=MAX_NEW_TOKENS,
+            )
+            texts += processor.batch_decode(ids, skip_special_tokens=True)
+    return [" ".join(text.split()).lower().removeprefix(PROMPT).strip(" .") for text in texts]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from preprocess.crop import BucketRules, Size, make_buckets, square_bucket
-from preprocess.prepare import PreparedPhoto, PrepareSettings, prepare, prepare_class_images
+from preprocess.crop import BucketRules, Size, make_buckets
+from preprocess.prepare import PreparedImage, PrepareSettings, prepare, prepare_class_images
 from training import export, loop, model, optimizers
 from training.config import TRAINABLE_MODELS, Method, TrainConfig
 from training.dataset import Example
@@ -32,11 +32,11 @@ def run(
     settings = _prepare_settings(config, _buckets(config, spec.native_size))
     class_images = []
     if config.class_images is not None:  # first: it loads no model, so errors show at once
-        class_images = prepare_class_images(config.class_images, settings, folder)
-    photos = prepare(config.input_images, settings, edition, device, folder)
+        class_images = prepare_class_images(config.class_images, settings.buckets, folder)
+    images = prepare(config.input_images, settings, edition, device, folder)
     method = config.method or (Method.LORA if config.is_lora else Method.FULL)
     base = model.load(spec, edition, torch.device(device), method)
-    examples = [_example(photo) for photo in photos]
+    examples = [_example(image) for image in images]
     previews: list[Previews] = []
 
     def on_event(event: Event) -> None:
@@ -47,7 +47,7 @@ def run(
 
     trained = loop.fit(
         examples,
-        [_example(photo) for photo in class_images],
+        [_example(image) for image in class_images],
         config,
         base,
         Path(os.environ.get("TRAINING_CHECKPOINTS") or folder),
@@ -66,7 +66,7 @@ def _prepare_settings(config: TrainConfig, buckets: tuple[Size, ...]) -> Prepare
         clipseg_temperature=config.clipseg_temperature,
         use_face_detection_instead=config.use_face_detection_instead,
         crop_based_on_salience=config.crop_based_on_salience,
-        filetype=config.input_images_filetype,
+        input_images_filetype=config.input_images_filetype,
         buckets=buckets,
     )
 
@@ -75,13 +75,13 @@ def _buckets(config: TrainConfig, native_size: int) -> tuple[Size, ...]:
     """Return the sizes to train at."""
     side = config.resolution or native_size
     if not config.aspect_ratio_buckets:
-        return square_bucket(side)
+        return ((side, side),)  # as cog-sdxl (preprocess.py)
     return make_buckets(BucketRules(side, native_size // BUCKETS_PER_SIDE, side // 2, side * 2))
 
 
-def _example(photo: PreparedPhoto) -> Example:
-    crop = photo.crop
+def _example(prepared: PreparedImage) -> Example:
+    crop = prepared.crop
     height_width = (crop.original_size[1], crop.original_size[0])
     return Example(
-        photo.name, crop.image, crop.mask, photo.caption, height_width, crop.crop_top_left
+        prepared.name, crop.image, crop.mask, prepared.caption, height_width, crop.crop_top_left
     )

@@ -121,7 +121,7 @@ def test_what_detectors_are_given_is_not_resized(monkeypatch):
 
     for size in ((200, 136), (136, 200), (64, 64), (1000, 8)):
         pixels = np.asarray(photo(size))
-        assert np.array_equal(annotators._detected(pixels, detector), pixels)
+        assert np.array_equal(annotators._detect(pixels, detector), pixels)
 
 
 def test_a_few_detectors_stay_in_memory(available, detectors):

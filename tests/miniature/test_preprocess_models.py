@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 from spandrel.architectures.SwinIR import SwinIR
+from transformers import BlipForConditionalGeneration
 
 from preprocess import caption as captioning
-from preprocess import segment, upscale
+from preprocess import models, segment, upscale
 from preprocess.caption import caption
-from preprocess.errors import BadPicture, ModelMissing
+from preprocess.errors import BadImage, ModelMissing
 from preprocess.images import MAX_IMAGE_PIXELS
-from preprocess.models import borrowed, ready
+from preprocess.models import ready
 from preprocess.segment import text_masks
 from preprocess.upscale import FACTOR, OVERLAP, Upscaler, enlarge
 from tests.miniature.preprocess_bars import NATIVE_SIZE
@@ -38,19 +39,15 @@ def pictures() -> list[Image.Image]:
 
 @pytest.fixture
 def loaded(monkeypatch) -> list[weakref.ref[torch.nn.Module]]:
-    """Every model that a stage has borrowed."""
-    models: list[weakref.ref[torch.nn.Module]] = []
+    """Every model that a stage has loaded."""
+    found: list[weakref.ref[torch.nn.Module]] = []
 
-    def watched(load, device):
-        def remember():
-            models.append(weakref.ref(model := load()))
-            return model
+    def watched(model, device):
+        found.append(weakref.ref(model))
+        return ready(model, device)
 
-        return borrowed(remember, device)
-
-    monkeypatch.setattr(captioning, "borrowed", watched)
-    monkeypatch.setattr(segment, "borrowed", watched)
-    return models
+    monkeypatch.setattr(models, "ready", watched)
+    return found
 
 
 def _is_gone(models) -> bool:
@@ -108,7 +105,7 @@ def test_what_is_not_there_is_said(pictures, capsys, monkeypatch):
     logits[0] = -9
     monkeypatch.setattr(segment, "_logits", lambda *_: logits)
     text_masks(pictures[:2], "a zebra", 1.0, MINIATURE, "cpu")
-    assert "Picture 2 of 2 hardly shows a zebra" in capsys.readouterr().out
+    assert "Image 2 of 2 hardly shows a zebra" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -123,10 +120,10 @@ def test_a_stage_that_fails_leaves_no_model(pictures, loaded, stage, monkeypatch
     class Cancelled(BaseException):
         """As Cog's, no Exception."""
 
-    def strike(*_):
+    def strike(*_, **__):
         raise Cancelled
 
-    monkeypatch.setattr(captioning, "_describe", strike)
+    monkeypatch.setattr(BlipForConditionalGeneration, "generate", strike)
     monkeypatch.setattr(segment, "_logits", strike)
     with pytest.raises(Cancelled) as caught:
         stage(pictures)
@@ -140,7 +137,7 @@ def test_a_stage_that_fails_leaves_no_model(pictures, loaded, stage, monkeypatch
 
 def test_no_faces_in_the_miniature_edition(pictures):
     with pytest.raises(ModelMissing, match=r"miniature.*WEIGHTS_EDITION=full.*mask_target_prompts"):
-        segment.face_masks(pictures, MINIATURE, "cpu")
+        segment.face_masks(pictures, MINIATURE)
 
 
 @pytest.fixture(scope="module", params=[upscale.SWINIR, upscale.REAL_ESRGAN])
@@ -189,7 +186,7 @@ def test_tiles_are_blended_with_weights_that_add_up_to_one():
 
 def test_a_picture_that_would_become_too_large(upscaler):
     side = int((MAX_IMAGE_PIXELS / FACTOR**2) ** 0.5) + 1
-    with pytest.raises(BadPicture, match=rf"{side}x{side} is too large to upscale"):
+    with pytest.raises(BadImage, match=rf"{side}x{side} is too large to upscale"):
         upscaler.upscale(Image.new("RGB", (side, side)), 2)
 
 

@@ -7,14 +7,19 @@ from pathlib import Path
 
 import pytest
 
-LAYERS = ["script", "predict", "train", "generation", "training", "preprocess", "weights"]
+LAYERS = [
+    *("script", "predict", "train", "generation", "training"),
+    *("models", "preprocess", "weights", "inputs"),
+]
 MAY_IMPORT = {
-    "predict": {"generation", "weights"},
-    "train": {"training", "preprocess", "weights"},
-    "generation": {"generation", "preprocess", "weights"},
-    "training": {"training", "weights"},
+    "predict": {"generation", "weights", "inputs"},
+    "train": {"training", "weights", "inputs"},
+    "generation": {"generation", "models", "preprocess", "weights", "inputs"},
+    "training": {"training", "models", "preprocess", "weights", "inputs"},
+    "models": {"models", "preprocess", "weights"},
     "preprocess": {"preprocess", "weights"},
     "weights": {"weights"},
+    "inputs": set(),
 }
 SOURCES = [
     path for name in MAY_IMPORT for path in [*Path().glob(f"{name}.py"), *Path(name).rglob("*.py")]

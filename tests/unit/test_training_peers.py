@@ -89,7 +89,7 @@ FAULTS = {
     "Eden": (
         "normalises the mask after the batch was reduced, which does nothing",
         "normalises each picture ahead of the noise level's weight",
-        f"{LOSSES}:test_each_picture_has_its_own_mask_area",
+        f"{LOSSES}:test_each_image_has_its_own_mask_area",
     ),
     "diffusers, advanced": (
         "caches latents by step and pairs them with other pictures' captions",
