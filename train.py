@@ -14,6 +14,12 @@ from cog import BaseModel, Input, Path
 
 from training.config import TRAINABLE_MODELS, TrainConfig
 from training.plan import check_class_images, resolve
+
+# Imports torch when this file is loaded. Cog runs each training on a thread of its own, made outside
+# of Python. pybind11 keeps the thread state of whoever first imports an extension built with it, and
+# would be left with one that is gone: a later training then waits for the GIL forever
+# (pybind/pybind11#2888). torch, torchvision, triton and scipy share that memory, so one is enough.
+from training.run import run
 from weights.edition import resolve_device, resolve_edition
 
 # script/sync: preprocess.archive.Filetype
@@ -250,8 +256,6 @@ def train(
     edition = resolve_edition(cuda_available=device == "cuda")
     resolve(config, TRAINABLE_MODELS[edition], n_examples=2)  # every rule, before anything is read
     check_class_images(config.class_images is not None, config.prior_preservation)
-
-    from training.run import run  # imports torch
 
     folder = _empty_folder()
     try:

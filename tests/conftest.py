@@ -1,5 +1,8 @@
 """What every test may ask of the command line, and which tests run side by side."""
 
+import os
+
+import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 
@@ -26,3 +29,12 @@ class ByFile(LoadScopeScheduling):
 
 def pytest_xdist_make_scheduler(config, log):
     return ByFile(config, log)
+
+
+@pytest.fixture
+def cpp_compiler(tmp_path_factory, monkeypatch):
+    """Have torch.compile's check find a compiler, which nothing may call."""
+    folder = tmp_path_factory.mktemp("compiler")
+    (folder / "g++").touch(mode=0o755)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)

@@ -4,6 +4,7 @@ import gzip
 import io
 import tarfile
 import zipfile
+from pathlib import Path
 
 
 def tar_bytes(members, format=tarfile.PAX_FORMAT) -> bytes:  # noqa: A002
@@ -17,6 +18,15 @@ def tar_bytes(members, format=tarfile.PAX_FORMAT) -> bytes:  # noqa: A002
                 info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return stream.getvalue()
+
+
+def tar_members(path: Path) -> dict[str, bytes]:
+    """Return the contents of the files in a tar that is not compressed, by name.
+
+    Read and not extracted: `extractall` has its `filter` since Python 3.11.4 only.
+    """
+    with tarfile.open(path, "r:") as tar:
+        return {info.name: tar.extractfile(info).read() for info in tar if info.isfile()}
 
 
 def tar_info(name: str, kind: bytes = tarfile.REGTYPE, **fields: object) -> tarfile.TarInfo:

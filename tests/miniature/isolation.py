@@ -49,13 +49,6 @@ def pictures(engine: Engine, sources: Path, **changes: object) -> list[np.ndarra
         return [np.asarray(Image.open(file)).astype(int) for file in files]
 
 
-def equal(first: list[np.ndarray], second: list[np.ndarray]) -> bool:
-    """The same pictures, but for rounding."""
-    return len(first) == len(second) and all(
-        a.shape == b.shape and np.abs(a - b).max() <= 1 for a, b in zip(first, second, strict=True)
-    )
-
-
 def fingerprint(engine: Engine) -> dict[str, str]:
     """Part of a model → hash of all that it holds: parameters, buffers, settings, modes, words."""
     models = {

@@ -1,7 +1,6 @@
 """Whatever an engine has been through, the next request's picture equals a fresh process's.
 
-To one step of 255: where memory lies, which depends on what came before, decides in which order
-some CPU kernels sum, and latents then differ by about 1e-6.
+To one step of 255: where memory lies depends on what came before (tests/comparison.py).
 """
 
 import itertools
@@ -22,11 +21,11 @@ from generation.engine import Engine
 from generation.errors import GenerationError, InvalidRequest
 from generation.request import Margins
 from preprocess.errors import BadImage
+from tests.comparison import nearly_equal
 from tests.miniature.isolation import (
     ERRORS,
     EVERY_MODEL,
     UNET,
-    equal,
     failing_at,
     fingerprint,
     pictures,
@@ -142,7 +141,7 @@ def fresh(sources) -> Fresh:
 def test_a_fresh_process_makes_a_different_picture_for_each_request(fresh):
     made = list(fresh.pictures.values())
     assert len(made) == len(POOL)
-    assert not any(equal(a, b) for a, b in itertools.combinations(made, 2))
+    assert not any(nearly_equal(a, b) for a, b in itertools.combinations(made, 2))
 
 
 @pytest.mark.parametrize("name", POOL)
@@ -156,15 +155,15 @@ def test_after_every_error_the_same_request_and_another_equal_a_fresh_process(
             assert isinstance(raised.value, GenerationError)
             assert f"{POOL[name].get('num_outputs', 1)} picture(s) of" in str(raised.value)
             assert "num_outputs" in str(raised.value)
-    assert equal(pictures(engine, sources, **POOL[name]), fresh.pictures[name])
-    assert equal(pictures(engine, sources, **POOL["text"]), fresh.pictures["text"])
+    assert nearly_equal(pictures(engine, sources, **POOL[name]), fresh.pictures[name])
+    assert nearly_equal(pictures(engine, sources, **POOL["text"]), fresh.pictures["text"])
 
 
 @pytest.mark.parametrize("name", INVALID)
 def test_after_an_invalid_request_the_next_equals_a_fresh_process(engine, sources, fresh, name):
     with pytest.raises((InvalidRequest, BadImage)):
         pictures(engine, sources, **INVALID[name])
-    assert equal(pictures(engine, sources, **POOL["text"]), fresh.pictures["text"])
+    assert nearly_equal(pictures(engine, sources, **POOL["text"]), fresh.pictures["text"])
 
 
 def test_the_models_hold_what_a_fresh_process_has_loaded(engine, fresh):
@@ -204,7 +203,7 @@ def test_no_sequence_of_requests_leaves_a_trace(used_engine, sources, fresh, act
 def _act(engine: Engine, sources: Path, fresh: Fresh, action: tuple) -> None:
     match action:
         case "make", name:
-            assert equal(pictures(engine, sources, **POOL[name]), fresh.pictures[name])
+            assert nearly_equal(pictures(engine, sources, **POOL[name]), fresh.pictures[name])
         case "invalid", name:
             with pytest.raises((InvalidRequest, BadImage)):
                 pictures(engine, sources, **INVALID[name])
@@ -215,4 +214,4 @@ def _act(engine: Engine, sources: Path, fresh: Fresh, action: tuple) -> None:
                     made = pictures(engine, sources, **POOL[name])
             except reported:
                 return
-            assert equal(made, fresh.pictures[name])  # it took fewer runs than that
+            assert nearly_equal(made, fresh.pictures[name])  # it took fewer runs than that

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 from generation.base_models import BASE_MODELS, Family, Guidance
 from generation.errors import InvalidRequest
 from generation.request import Margins
+from tests.comparison import max_difference
 from tests.miniature.stock import STOCK, File, assert_same, lora_file, rows, with_word
 from weights import cache
 from weights.catalog import CATALOG, Edition
@@ -289,8 +290,7 @@ def test_sixteen_pictures_at_once_each_by_its_own_seed(make):
     together = make(**asked, num_outputs=16, seed=40)
     assert len(set(together.bytes)) == 16
     alone = make(**asked, seed=55)
-    difference = np.subtract(together.pictures[15], alone.pictures[0], dtype=np.int16)
-    assert np.abs(difference).max() <= 1
+    assert max_difference(together.pictures[15], alone.pictures[0]) <= 1
 
 
 def test_the_catalog_has_what_models_name():

@@ -9,9 +9,11 @@ from generation import passes
 from generation.base_models import MINIATURE_SDXL
 from generation.controlnets import ControlRequest
 from generation.passes import Acceleration, Compiler, Passes
+from tests.comparison import max_difference
 from tests.miniature.stock import MODES
 from tests.recorder import Recorder
 from tests.requests import NO_CONTROL
+from weights.edition import has_compiler
 
 STEPS = 3
 REQUESTS = {
@@ -64,8 +66,8 @@ def test_a_recorded_request_is_the_plain_one(name, ask, accelerated):
     made = len(recorder.recordings)
     third = ask(name)
     for ours, expected in ((first, plain), (second, other), (third, plain)):
-        assert np.abs(ours - expected).max() <= 1
-    assert np.abs(plain - other).max() > 1
+        assert max_difference(ours, expected) <= 1
+    assert max_difference(plain, other) > 1
     ask(name)
     assert len(recorder.recordings) - made <= 2  # what a request does once is recorded in its turn
 
@@ -111,8 +113,8 @@ def test_weights_come_and_go_in_what_is_recorded(ask, accelerated):
     plain, trained = ask("txt2img"), ask("trained")
     accelerated(Acceleration(Recorder(), None))
     for _ in range(2):
-        assert np.abs(ask("txt2img") - plain).max() <= 1
-        assert np.abs(ask("trained") - trained).max() <= 1
+        assert max_difference(ask("txt2img"), plain) <= 1
+        assert max_difference(ask("trained"), trained) <= 1
 
 
 def test_only_so_many_shapes_are_kept(monkeypatch):
@@ -161,7 +163,7 @@ def test_what_does_not_fit_beside_recordings_runs_without_them(ask, accelerated)
 
     accelerated(Acceleration(record, None))
     for _ in range(3):
-        assert np.abs(ask("txt2img") - plain).max() <= 1
+        assert max_difference(ask("txt2img"), plain) <= 1
     assert recorder.replays
 
 
@@ -176,7 +178,7 @@ def test_what_cannot_be_recorded_is_launched_as_before(ask, accelerated, capfd):
 
     accelerated(Acceleration(record, None))
     for _ in range(3):
-        assert np.abs(ask("txt2img") - plain).max() <= 1
+        assert max_difference(ask("txt2img"), plain) <= 1
     said = capfd.readouterr()
     assert said.out.count("could not be recorded") == len(attempts) == 2  # UNet, VAE's decoder
     assert "operation not permitted" in said.err
@@ -239,8 +241,8 @@ def test_twenty_requests_are_traced_once(ask, accelerated, traced):
         changes["num_inference_steps"] = 1 + k % 3
         changes["scheduler"] = ("K_EULER", "DDIM", "DPM++ 2M")[k // 3 % 3]
         ask("trained" if k % 2 else "txt2img", **changes)
-    assert np.abs(ask("txt2img", **unguided) - plain).max() <= 1
-    assert np.abs(ask("trained", **unguided) - trained).max() <= 1
+    assert max_difference(ask("txt2img", **unguided), plain) <= 1
+    assert max_difference(ask("trained", **unguided), trained) <= 1
     for model in ("sdxl-turbo", "sdxl-lcm"):
         for _ in range(3):
             ask("txt2img", model=model, **unguided)
@@ -262,6 +264,7 @@ def test_what_cannot_be_compiled_stays_as_it_is(traced, capfd):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler on a CPU")
 def test_kernels_give_what_pytorch_gives():
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.SiLU()).eval()

@@ -25,13 +25,13 @@ from generation.base_models import MINIATURE_SDXL
 from generation.engine import Engine
 from generation.errors import OutOfDeviceMemory
 from tests import fake_web
+from tests.comparison import nearly_equal
 from tests.fake_web import FakeWeb, Page
 from tests.miniature.isolation import (
     ERRORS,
     EVERY_MODEL,
     UNET,
     Cancelled,
-    equal,
     failing_at,
     failing_in,
     fingerprint,
@@ -107,7 +107,7 @@ class World:
         return f"https://files.example/{file}"
 
     def is_fresh(self, subject: Subject, name: str, made: list[np.ndarray]) -> bool:
-        return equal(made, self.fresh[reference_of(name, subject.operators)])
+        return nearly_equal(made, self.fresh[reference_of(name, subject.operators)])
 
 
 @contextmanager
@@ -168,7 +168,7 @@ def _storages(engine: Engine) -> dict[str, int]:
 def test_fresh_pictures_differ_but_where_the_weights_are_the_same(fresh):
     """So whatever is left of one request shows in the next."""
     pairs = itertools.combinations(sorted(fresh), 2)
-    assert [(a, b) for a, b in pairs if equal(fresh[a], fresh[b])] == [
+    assert [(a, b) for a, b in pairs if nearly_equal(fresh[a], fresh[b])] == [
         ("kohya", "stacked kohya"),
         ("kohya, nothing", "plain"),
         ("operator plain", "words"),

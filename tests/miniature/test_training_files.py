@@ -1,11 +1,11 @@
 """A training's files draw what the trained model itself drew: here, and in stock diffusers."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from tests.miniature.test_training import (
     small_examples,
     with_own_unet,
 )
+from tests.packed import tar_members
 from training import export, loop
 from training.config import TRAINABLE_MODELS, LoraFormat, Method
 from training.model import TrainableModel, load
@@ -130,15 +131,12 @@ def test_stock_diffusers_draws_it_too(made, request):
     assert (latents - made.latents).abs().max() < TOLERANCE
 
 
-def test_diffusers_draws_from_the_archive_s_lora(made, stock, request, tmp_path: Path):
+def test_diffusers_draws_from_the_archive_s_lora(made, stock, request):
     """Its names with "unet." before them: how cog-sdxl's files are loaded elsewhere."""
     if "lora" not in request.node.callspec.params["made"]:
         pytest.skip("for cog-sdxl's format")
-    import tarfile
-
-    with tarfile.open(made.files.archive) as tar:
-        tar.extractall(tmp_path, filter="data")
-    state = {f"unet.{k}": v for k, v in load_file(tmp_path / "lora.safetensors").items()}
+    lora = tar_members(made.files.archive)["lora.safetensors"]
+    state = {f"unet.{k}": v for k, v in load_tensors(lora).items()}
     parts = dict(stock.components)
     modules = {name: parts[name] for name in ("unet", "text_encoder", "text_encoder_2")}
     weights = read_trained(made.files.archive, "replicate_weights", ModelShapes.of(modules))

@@ -12,6 +12,7 @@ from generation import watermark
 from generation.request import Margins
 from generation.watermark import BITS
 from script.tools.photo import photo
+from tests.comparison import max_difference
 from weights.miniature.world import COLOURS
 
 
@@ -74,8 +75,8 @@ def test_small_pictures_keep_their_size(size):
 def test_pictures_of_a_batch_are_marked_as_they_are_alone():
     both = torch.stack([torch.from_numpy(photo(64, 72)), torch.from_numpy(photo(64, 72)) // 2])
     both = both.permute(0, 3, 1, 2).contiguous()
-    together = watermark.apply(both)
-    assert torch.equal(together, torch.cat([watermark.apply(both[:1]), watermark.apply(both[1:])]))
+    alone = torch.cat([watermark.apply(both[:1]), watermark.apply(both[1:])])
+    assert max_difference(watermark.apply(both).numpy(), alone.numpy()) <= 1
 
 
 @pytest.fixture

@@ -52,9 +52,23 @@ def test_imports_go_one_way(path):
 
 @pytest.mark.parametrize(
     "module",
-    ["generation.request", "generation.schedulers", "generation.base_models", "predict", "train"],
+    [
+        "generation.request",
+        "generation.schedulers",
+        "generation.base_models",
+        "predict",
+        "training.config",
+        "preprocess.crop",
+    ],
 )
 def test_rules_are_checked_without_torch(module):
     code = f"import sys, {module}; print('torch' in sys.modules, 'diffusers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False False"
+
+
+def test_torch_is_loaded_before_cog_runs_a_training():
+    """On the main thread, as train.py explains; predict.py's `setup` does the same."""
+    code = "import sys, train; print('torch' in sys.modules, 'diffusers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True False"
