@@ -15,8 +15,8 @@ from cog import BaseModel, Input, Path
 from training.config import TRAINABLE_MODELS, TrainConfig
 from training.plan import check_class_images, resolve
 
-# Imports torch when this file is loaded. Cog runs each training on a thread of its own, made outside
-# of Python. pybind11 keeps the thread state of whoever first imports an extension built with it, and
+# Imports torch when this file is loaded. Cog runs each training on its own thread, made outside of
+# Python. pybind11 keeps the thread state of whoever first imports an extension built with it, and
 # would be left with one that is gone: a later training then waits for the GIL forever
 # (pybind/pybind11#2888). torch, torchvision, triton and scipy share that memory, so one is enough.
 from training.run import run

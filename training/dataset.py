@@ -37,6 +37,19 @@ class Example:
     original_size: tuple[int, int]  # (height, width) before scaling and cropping
     crop_top_left: tuple[int, int]  # (y, x)
 
+    def __post_init__(self) -> None:
+        width, height = self.image.size
+        assert width % SIDE_MULTIPLE == height % SIDE_MULTIPLE == 0, (
+            f"{self.name}: {width}x{height}"
+        )
+        assert (self.image.mode, self.mask.mode) == ("RGB", "L"), self.name
+        assert self.mask.size == self.image.size, f"{self.name}: its mask is {self.mask.size}"
+
+    @property
+    def time_ids(self) -> tuple[int, ...]:
+        """SDXL's size conditioning: original height and width, crop top and left, final size."""
+        return (*self.original_size, *self.crop_top_left, self.image.height, self.image.width)
+
 
 @dataclass(frozen=True)
 class LatentView:
@@ -52,7 +65,7 @@ class CachedExample:
     """An example after the VAE, which runs only once."""
 
     views: tuple[LatentView, ...]
-    time_ids: Tensor  # (6,): original height and width, crop top and left, height and width
+    time_ids: Tensor  # (6,)
     caption: str
 
     @property
@@ -78,27 +91,6 @@ def generator(seed: int, kind: int, *place: int) -> torch.Generator:
     """Return the random stream of one place, independent of those of other places."""
     state = np.random.SeedSequence((seed, kind, *place)).generate_state(1, np.uint64)
     return torch.Generator("cpu").manual_seed(int(state[0]))
-
-
-def check_examples(examples: Sequence[Example], label: str) -> None:
-    """Raise InvalidTraining for an image or mask that cannot be trained on."""
-    for example in examples:
-        width, height = example.image.size
-        if example.image.mode != "RGB" or example.mask.mode != "L":
-            raise InvalidTraining(
-                f"{label} {example.name!r}: image and mask have modes {example.image.mode} and"
-                f" {example.mask.mode}; they must be RGB and L"
-            )
-        if example.mask.size != example.image.size:
-            raise InvalidTraining(
-                f"{label} {example.name!r}: its mask is {example.mask.size} pixels and its image"
-                f" {example.image.size}; make them equal"
-            )
-        if width % SIDE_MULTIPLE or height % SIDE_MULTIPLE:
-            raise InvalidTraining(
-                f"{label} {example.name!r} is {width}x{height} pixels; both sides must be"
-                f" multiples of {SIDE_MULTIPLE}"
-            )
 
 
 def check_captions(examples: Sequence[Example], plan: TrainPlan) -> None:
@@ -128,12 +120,9 @@ def encode(vae: AutoencoderKL, examples: Sequence[Example], flip: bool) -> list[
         pairs = [(example.image, example.mask)]
         if flip:
             pairs.append((ImageOps.mirror(example.image), ImageOps.mirror(example.mask)))
-        width, height = example.image.size
-        time_ids = (*example.original_size, *example.crop_top_left, height, width)
         views = tuple(_encode_view(vae, image, mask) for image, mask in pairs)
-        encoded.append(
-            CachedExample(views, torch.tensor(time_ids, dtype=torch.float32), example.caption)
-        )
+        time_ids = torch.tensor(example.time_ids, dtype=torch.float32)
+        encoded.append(CachedExample(views, time_ids, example.caption))
     return encoded
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -77,8 +76,6 @@ def fit(
     Method full changes the model's UNet. Raises a TrainingError.
     """
     plan = resolve(config, model.spec, len(examples))
-    dataset.check_examples(examples, "example")
-    dataset.check_examples(class_images, "class image")
     kept, held_out = dataset.split(examples, plan)
     dataset.check_captions(kept, plan)
     check_class_images(bool(class_images), plan.prior_preservation)
@@ -141,7 +138,6 @@ class _Training:
         report(Started(plan, len(self.data.examples), first))
         batches = islice(self._batches(self.data.examples), first, None)
         prior_batches = islice(self._batches(self.data.class_images), first, None)
-        began = time.monotonic()
         for step in range(first, plan.max_train_steps):
             if step == plan.pivot_step:
                 report(TokensFrozen(step))
@@ -149,8 +145,7 @@ class _Training:
             losses = self._backward(step, next(batches), next(prior_batches))
             rates = self._optimizer_step(step, lr_schedulers)
             loss, prior_loss = self._losses_to_host(step, losses)
-            seconds = (time.monotonic() - began) / (step + 1 - first)
-            report(StepDone(step + 1, loss, prior_loss, rates, seconds))
+            report(StepDone(step + 1, loss, prior_loss, rates))
             for event in self._validate_and_preview(step + 1):
                 report(event)
             if plan.checkpointing_steps and (step + 1) % plan.checkpointing_steps == 0:

@@ -318,15 +318,22 @@ def test_the_teacher_is_the_base_model(model):
 
 def test_prior_by_teacher_and_by_class_images(train):
     class_images = [replace(e, caption="") for e in small_examples(3)]
-    off = train()
-    teacher = train(prior_preservation=Prior.TEACHER, class_prompt="circle")
-    images = train(
-        prior_preservation=Prior.CLASS_IMAGES, class_prompt="a circle", class_images=class_images
+    kinds = (
+        {},
+        {"prior_preservation": Prior.TEACHER, "class_prompt": "circle"},
+        {
+            "prior_preservation": Prior.CLASS_IMAGES,
+            "class_prompt": "a circle",
+            "class_images": class_images,
+        },
     )
-    assert off.history.prior_losses == [None] * 4
-    assert teacher.history.prior_losses[0] == 0
-    assert teacher.history.prior_losses[-1] > 0
-    assert min(images.history.prior_losses) > 0
+    events = [Recorder() for _ in kinds]
+    off, teacher, images = (train(e, **kind) for e, kind in zip(events, kinds, strict=True))
+    none, taught, pictured = ([e.prior_loss for e in recorder.of(StepDone)] for recorder in events)
+    assert none == [None] * 4
+    assert taught[0] == 0
+    assert taught[-1] > 0
+    assert min(pictured) > 0
     assert difference(off, teacher) > 1e-5
     assert difference(off, images) > 1e-5
 

@@ -41,19 +41,17 @@ def sample(slots: range, number: int = 0, data=DATA, **settings):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes",
     [
-        ({"image": Image.new("RGBA", (64, 48))}, "modes RGBA and L"),
-        ({"mask": Image.new("L", (64, 64))}, "its mask is .64, 64. pixels"),
-        (
-            {"image": Image.new("RGB", (60, 48)), "mask": Image.new("L", (60, 48))},
-            "'a.png' is 60x48 pixels",
-        ),
+        {"image": Image.new("RGBA", (64, 48))},
+        {"mask": Image.new("L", (64, 64))},
+        {"image": Image.new("RGB", (60, 48)), "mask": Image.new("L", (60, 48))},
     ],
+    ids=["mode", "mask's size", "sides"],
 )
-def test_images_that_cannot_be_trained_on(changes, message):
-    with pytest.raises(InvalidTraining, match=message):
-        dataset.check_examples([replace(EXAMPLE, **changes)], "example")
+def test_images_that_cannot_be_trained_on(changes):
+    with pytest.raises(AssertionError, match=r"a\.png"):
+        replace(EXAMPLE, **changes)
 
 
 @pytest.mark.parametrize("caption", ["a dog", "a TOKYO street", "a tok", ""])

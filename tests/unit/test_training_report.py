@@ -25,7 +25,7 @@ EXAMPLE = Example(
 def history() -> History:
     course = History()
     for step in range(1, 41):
-        course.record(StepDone(step, 1 / step, None, {"lora": 1e-3}, 0.1))
+        course.record(StepDone(step, 1 / step, None, {"lora": 1e-3}))
     course.record(TokensFrozen(20))
     course.record(HeldOutLoss(40, 0.5))
     return course
