@@ -1,4 +1,4 @@
-"""Odd and broken picture files, made here so that none lies in the repository."""
+"""Odd and broken image files, made here so that none lies in the repository."""
 
 import io
 import mimetypes
@@ -24,7 +24,7 @@ pillow_heif.register_heif_opener()
 
 @dataclass(frozen=True)
 class Sample:
-    """A file and what comes of it: a picture, or an error with `error` in its message."""
+    """A file and what comes of it: an image, or an error with `error` in its message."""
 
     name: str
     file_name: str

@@ -6,6 +6,7 @@ state has to be saved to resume a training, and a batch is the same however many
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -171,40 +172,76 @@ class BucketBatchSampler:
 
 
 @dataclass(frozen=True)
-class BatchSlots:
-    """Which part of a step's images a batch is; slots count on over accumulated batches."""
+class NoiseSettings:
+    """What batches need to know of a base model."""
 
-    kind: int  # of the draws
-    step: int
-    slots: range  # of this batch, or of this process's share of it
-    total: int  # of the step
+    latent_scale: float  # what the VAE's latents are multiplied by for the UNet
+    n_timesteps: int  # noise levels that the UNet was trained at
 
 
 def sample_batch(
     items: Sequence[CachedExample],
-    where: BatchSlots,
+    kind: int,
+    step: int,
+    slots: range,
+    n_slots: int,
     plan: TrainPlan,
-    latent_scale: float,
-    n_timesteps: int,
+    noise: NoiseSettings,
 ) -> Batch:
-    """Sample latents, noise and timesteps for one item per slot."""
+    """Sample latents, noise and timesteps for the items, which fill `slots` of a step's `n_slots`.
+
+    Slots count on over accumulated batches, and over the processes that share a batch. `kind` is
+    that of the draws.
+    """
     rows = [
-        _sample_row(item, generator(plan.seed, where.kind, where.step, slot), plan)
-        for slot, item in zip(where.slots, items, strict=True)
+        _sample_row(item, generator(plan.seed, kind, step, slot), plan)
+        for slot, item in zip(slots, items, strict=True)
     ]
     # Stratified: each slot has its own stretch of the timesteps, so a step covers all of them.
     timesteps = [
-        int((slot + row.timestep) / where.total * n_timesteps)
-        for slot, row in zip(where.slots, rows, strict=True)
+        int((slot + row.timestep) / n_slots * noise.n_timesteps)
+        for slot, row in zip(slots, rows, strict=True)
     ]
     return Batch(
-        torch.stack([row.latents for row in rows]) * latent_scale,
+        torch.stack([row.latents for row in rows]) * noise.latent_scale,
         torch.stack([row.noise for row in rows]),
         torch.tensor(timesteps),
         torch.stack([row.mask for row in rows]),
         torch.stack([item.time_ids for item in items]),
         [row.caption for row in rows],
     )
+
+
+def step_batches(
+    items: Sequence[CachedExample],
+    kind: int,
+    first_step: int,
+    plan: TrainPlan,
+    noise: NoiseSettings,
+    process: int = 0,
+    n_processes: int = 1,
+) -> Iterator[list[Batch]]:
+    """Yield this process's share of each step's batches from `first_step` on; [] without items."""
+    accumulated, size = plan.gradient_accumulation_steps, plan.train_batch_size
+    batches = iter(BucketBatchSampler([item.size for item in items], size, plan.seed))
+    share = size // n_processes
+    for step in itertools.count():
+        indices = list(itertools.islice(batches, accumulated)) if items else []
+        if step < first_step:
+            continue
+        starts = [number * size + process * share for number in range(len(indices))]
+        yield [
+            sample_batch(
+                [items[i] for i in batch[process * share : (process + 1) * share]],
+                kind,
+                step,
+                range(start, start + share),
+                size * accumulated,
+                plan,
+                noise,
+            )
+            for start, batch in zip(starts, indices, strict=True)
+        ]
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class PeerTraining:
                     return_tensors="pt",
                 ).input_ids.to(device)
             )
-        pairs = _Pairs(self.items, self.model.latent_scale, tokens)
+        pairs = _Pairs(self.items, self.model.noise.latent_scale, tokens)
         return DataLoader(pairs, batch_size=self.batch_size, shuffle=True)
 
     def _attach(self) -> list[nn.Parameter]:
@@ -126,7 +126,7 @@ class PeerTraining:
         time_ids = torch.tensor([[height, width, 0, 0, height, width]] * len(latents))
         latents, mask = latents.to(device, model.unet_dtype), mask.to(device)
         noise = torch.randn_like(latents)
-        timesteps = torch.randint(0, model.n_timesteps, (len(latents),), device=device)
+        timesteps = torch.randint(0, model.noise.n_timesteps, (len(latents),), device=device)
         predicted = model.components.unet(
             model.noise_scheduler.add_noise(latents, noise, timesteps),
             timesteps,

@@ -31,7 +31,7 @@ MINIATURE = Edition.MINIATURE
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
-    """Ten pictures: more than a batch of captions; of several sizes."""
+    """Ten images: more than a batch of captions; of several sizes."""
     sizes = [(NATIVE_SIZE, NATIVE_SIZE), (160, 104), (90, 200)]
     scenes = held_out_scenes(10, seed=7)
     return [render(scene, *sizes[i % len(sizes)]) for i, scene in enumerate(scenes)]
@@ -68,13 +68,13 @@ def test_captions_repeat_whatever_the_seed_and_the_batch(pictures, loaded):
         assert not text.endswith(".")
 
 
-def test_no_pictures_load_nothing(loaded):
+def test_no_images_load_nothing(loaded):
     assert caption([], MINIATURE, "cpu") == []
     assert text_masks([], "star", 1.0, MINIATURE, "cpu") == []
     assert loaded == []
 
 
-def test_a_text_mask_has_the_pictures_size_and_uses_the_whole_range(pictures, loaded):
+def test_a_text_mask_has_the_images_size_and_uses_the_whole_range(pictures, loaded):
     masks = text_masks(pictures, "shape", 1.0, MINIATURE, "cpu")
     assert _is_gone(loaded)
     for picture, mask in zip(pictures, masks, strict=True):
@@ -156,7 +156,7 @@ def test_sizes_are_exact_and_nothing_shifts(upscaler, size, factor):
 
 
 def test_no_strip_at_the_right_and_the_bottom(upscaler):
-    """Each corner of the large picture shows the small one's, also where sides are odd."""
+    """Each corner of the large image shows the small one's, also where sides are odd."""
     picture = render(held_out_scenes(1, seed=3)[0], 45, 37)
     large = upscaler.upscale(picture, FACTOR).resize(picture.size, Image.Resampling.BOX)
     difference = np.abs(np.asarray(large, dtype=float) - np.asarray(picture, dtype=float))
@@ -165,7 +165,7 @@ def test_no_strip_at_the_right_and_the_bottom(upscaler):
 
 
 def test_tiles_leave_no_seams(upscaler):
-    """Away from the borders a picture in tiles equals one in a single piece to 1 of 255."""
+    """Away from the borders an image in tiles equals one in a single piece to 1 of 255."""
     picture = render(held_out_scenes(2, seed=3)[1], 136, 104)
     unit = np.asarray(picture, dtype=np.float32) / 255
     with torch.inference_mode():
@@ -184,7 +184,7 @@ def test_tiles_are_blended_with_weights_that_add_up_to_one():
     assert np.abs(large - run(pixels)).max() < 1e-6
 
 
-def test_a_picture_that_would_become_too_large(upscaler):
+def test_an_image_that_would_become_too_large(upscaler):
     side = int((MAX_IMAGE_PIXELS / FACTOR**2) ** 0.5) + 1
     with pytest.raises(BadImage, match=rf"{side}x{side} is too large to upscale"):
         upscaler.upscale(Image.new("RGB", (side, side)), 2)

@@ -28,7 +28,7 @@ from training.config import (
     Schedule,
     TrainConfig,
 )
-from training.dataset import TRAINING, Batch, BatchSlots, encode, sample_batch
+from training.dataset import TRAINING, Batch, encode, sample_batch
 from training.errors import (
     DiskFull,
     InvalidTraining,
@@ -265,12 +265,11 @@ def test_one_word_for_all_the_vectors_to_start_from(model):
 
 def first_batch(model: TrainableModel, plan, captions: list[str]) -> Batch:
     items = encode(model.components.vae, small_examples(2), False)
-    where = BatchSlots(TRAINING, 0, range(2), 2)
-    batch = sample_batch(items, where, plan, model.latent_scale, model.n_timesteps)
+    batch = sample_batch(items, TRAINING, 0, range(2), 2, plan, model.noise)
     return replace(batch, captions=captions)
 
 
-def test_the_unet_sees_the_pictures_size(model):
+def test_the_unet_sees_the_images_size(model):
     """cog-sdxl's latents are 512 pixels' whatever the resolution is said to be."""
     plan = resolve(QUICK, model.spec, 4)
     batch = first_batch(model, plan, ["a TOK"] * 2)

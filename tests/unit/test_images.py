@@ -1,4 +1,4 @@
-"""Pictures from outside: every kind of file, upright, in sRGB, or a clear refusal."""
+"""Images from outside: every kind of file, upright, in sRGB, or a clear refusal."""
 
 import io
 import re
@@ -59,7 +59,7 @@ def first_pixel(image):
 
 
 def grey_of(sent, image, kind="TIFF"):
-    """What the grey values of a picture have become."""
+    """What the grey values of an image have become."""
     rgb = np.asarray(read_image(sent(encode(image, kind)), "image").rgb)
     assert (rgb == rgb[..., :1]).all()
     return rgb[..., 0].tolist()
@@ -154,7 +154,7 @@ def test_nothing_too_large_is_decoded(sent, monkeypatch):
 # --- upright
 
 
-UNDONE = {  # Orientation → how the picture is turned before it is stored so
+UNDONE = {  # Orientation → how the image is turned before it is stored so
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -329,7 +329,7 @@ def test_a_profile_that_is_of_no_use_is_named_in_the_log(sent, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_lab_picture_with_a_profile(sent, capsys):
+def test_a_lab_image_with_a_profile(sent, capsys):
     lab = Image.frombytes("LAB", (1, 1), b"\xff\0\0")
     content = encode(lab, "TIFF", icc_profile=srgb_profile())
     assert min(first_pixel(read_image(sent(content), "image").rgb)) >= 254

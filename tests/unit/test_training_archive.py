@@ -117,7 +117,7 @@ def test_what_systems_add_is_left_alone(unpack_bytes, capsys, pack):
     assert capsys.readouterr().out == ""
 
 
-def test_folders_are_no_pictures(names_in):
+def test_folders_are_no_images(names_in):
     entry = tar_info("set.jpg/", tarfile.DIRTYPE)
     files = [(tar_info(f"./set.jpg/{n}", size=len(c)), c) for n, c in photos("1", "2").items()]
     assert names_in(tar_bytes([(entry, b""), *files])) == ["set.jpg/1", "set.jpg/2"]
@@ -146,7 +146,7 @@ def test_names_that_are_no_text(names_in):
     assert names_in(tar_bytes(files, tarfile.GNU_FORMAT)) == ["a.jpg", "\ufffd.jpg"]
 
 
-def test_every_kind_of_picture(unpack_bytes):
+def test_every_kind_of_image(unpack_bytes):
     good = {
         f"{k}/{sample.file_name}": sample
         for k, sample in enumerate(corpus())
@@ -178,7 +178,7 @@ def test_alpha_survives_as_a_mask(unpack_bytes):
     assert (np.asarray(alphas[0]) == 64).all()
 
 
-def test_pictures_need_no_ending_others_are_left_with_a_note(unpack_bytes, capsys):
+def test_images_need_no_ending_others_are_left_with_a_note(unpack_bytes, capsys):
     others = {
         "film.mp4": b"\0\0\0\x18ftypmp42",
         "IMG.CR2": b"II*\0",
@@ -195,7 +195,7 @@ def test_pictures_need_no_ending_others_are_left_with_a_note(unpack_bytes, capsy
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "AVIF", "HEIF", "TIFF", "BMP"])
-def test_which_pictures_need_an_ending(kind):
+def test_which_images_need_an_ending(kind):
     """A camera's raw files begin as TIFF does, and BM may begin a text."""
     assert begins_like_photo(photo(kind=kind)[:64]) is (kind not in ("TIFF", "BMP"))
     assert f".{kind.lower()}" in image_suffixes()

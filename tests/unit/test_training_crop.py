@@ -29,7 +29,7 @@ fast = settings(max_examples=60, deadline=None)
 
 
 def coordinates(size):
-    """A picture whose red and green are the pixel's place, as parts of 255."""
+    """An image whose red and green are the pixel's place, as parts of 255."""
     width, height = size
     x = np.tile(np.linspace(0, 255, width), (height, 1))
     y = np.tile(np.linspace(0, 255, height)[:, None], (1, width))
@@ -165,7 +165,7 @@ def test_the_center_of_mass():
 
 @fast
 @given(size=sizes, at=st.tuples(st.floats(0, 1), st.floats(0, 1)))
-def test_the_centre_lies_in_the_picture(size, at):
+def test_the_centre_lies_in_the_image(size, at):
     left, top = (round(a * (s - 1)) for a, s in zip(at, size, strict=True))
     x, y = center_of_mass(spot(size, (left, top, left + 1, top + 1)))
     assert (x, y) == (left + 0.5, top + 0.5)
@@ -175,7 +175,7 @@ def test_the_centre_lies_in_the_picture(size, at):
 
 
 def ends(image):
-    """Where the first and last pixel of a picture of coordinates lie: x, y, x, y of 255."""
+    """Where the first and last pixel of an image of coordinates lie: x, y, x, y of 255."""
     first, last = image.getpixel((0, 0)), image.getpixel((image.width - 1, image.height - 1))
     return (*first[:2], *last[:2])
 
@@ -235,7 +235,7 @@ def test_salience_keeps_what_matters():
     assert salient.crop_top_left == (0, 256)
 
 
-def test_picture_and_mask_stay_together():
+def test_image_and_mask_stay_together():
     size, box = (333, 217), (120, 80, 200, 160)
     mask = spot(size, box)
     taken = crop(mask.convert("RGB"), mask, (112, 144), center_of_mass(mask), None)

@@ -1,7 +1,7 @@
 """The faults of cog-sdxl's trainer, and what is done here; each names the test that shows it.
 
 The numbers are those of the review of other trainers; B4 to B6 and B9 to B15 are about preparing
-pictures.
+images.
 """
 
 import importlib
@@ -19,7 +19,7 @@ FAULTS = {
     "B1": (
         "trains at 512 pixels whatever the resolution, and tells the UNet otherwise",
         "latents and time ids are the example's own",
-        f"{MECHANICS}:test_the_unet_sees_the_pictures_size",
+        f"{MECHANICS}:test_the_unet_sees_the_images_size",
     ),
     "B2": (
         "a full fine-tuning changes nothing in the UNet",

@@ -62,7 +62,7 @@ def test_the_page_shows_everything_in_itself():
     tags = Tags()
     tags.feed(page())
     assert tags.open == []
-    assert tags.seen.count("img") == 3  # the picture, its mask, the preview
+    assert tags.seen.count("img") == 3  # the image, its mask, the preview
     assert tags.seen.count("circle") == 1
     assert tags.seen.count("h2") == 4
     assert not re.search(r'(src|href)="(?!data:)', page())
