@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageChops
 
 from preprocess.archive import Photo, PhotoArchive, check_filetype, unpacked
-from preprocess.caption import caption
+from preprocess.blip import caption
 from preprocess.captions import check_trigger_word, read_captions
 from preprocess.crop import Crop, Size, Upscale, center_of_mass, choose_bucket, crop, is_short
 from preprocess.images import read_image

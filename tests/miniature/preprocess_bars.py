@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from preprocess.caption import caption
+from preprocess.blip import caption
 from preprocess.segment import text_masks
 from preprocess.upscale import FACTOR, REAL_ESRGAN, SWINIR, Upscaler
 from weights.catalog import Edition

@@ -12,9 +12,8 @@ from PIL import Image
 from spandrel.architectures.SwinIR import SwinIR
 from transformers import BlipForConditionalGeneration
 
-from preprocess import caption as captioning
-from preprocess import models, segment, upscale
-from preprocess.caption import caption
+from preprocess import blip, models, segment, upscale
+from preprocess.blip import caption
 from preprocess.errors import BadImage, ModelMissing
 from preprocess.images import MAX_IMAGE_PIXELS
 from preprocess.models import ready
@@ -64,7 +63,7 @@ def test_captions_repeat_whatever_the_seed_and_the_batch(pictures, loaded):
     assert caption(pictures[::-1], MINIATURE, "cpu") == first[::-1]
     for text in first:
         assert text == " ".join(text.lower().split())
-        assert not text.startswith(captioning.PROMPT)
+        assert not text.startswith(blip.PROMPT)
         assert not text.endswith(".")
 
 
