@@ -12,8 +12,7 @@ from typing import List, Optional  # noqa: UP035  the spelling that every versio
 
 from cog import BaseModel, Input, Path
 
-from training.config import TRAINABLE_MODELS, TrainConfig
-from training.plan import check_class_images, resolve
+from training.config import TrainConfig
 
 # Imports torch when this file is loaded. Cog runs each training on its own thread, made outside of
 # Python. pybind11 keeps the thread state of whoever first imports an extension built with it, and
@@ -254,9 +253,6 @@ def train(
     config = TrainConfig.from_inputs(**locals())
     device = resolve_device()
     edition = resolve_edition(cuda_available=device == "cuda")
-    resolve(config, TRAINABLE_MODELS[edition], n_examples=2)  # every rule, before anything is read
-    check_class_images(config.class_images is not None, config.prior_preservation)
-
     folder = _empty_folder()
     try:
         archive, exchange = run(config, edition, device, folder)
