@@ -562,7 +562,7 @@ def test_the_peer_trains_its_lora_and_its_word():
     told = []
     peer.run(lambda step, loss: told.append(step))
     assert told == [1, 2, 3, 4]
-    for processor in model.unet.attn_processors.values():
+    for processor in model.components.unet.attn_processors.values():
         assert processor.to_q_lora.up.weight.abs().max() > 0
     for part, encoder in model.components.text_encoders.items():
         table = encoder.get_input_embeddings().weight
