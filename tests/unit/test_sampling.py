@@ -254,7 +254,7 @@ def guided(scale: float = 3.0, start: float = 0.2, end: float = 0.8, dtype=torch
 
     runner = Runner()
     model = SimpleNamespace(
-        components=SimpleNamespace(unet=SimpleNamespace(forward=forward)),
+        components=SimpleNamespace(unet=forward),
         graphs=runner,
         dtype=dtype,
     )
