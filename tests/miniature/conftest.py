@@ -13,10 +13,18 @@ from PIL import Image
 import generation.engine
 from generation.engine import Engine, GenerationResult
 from tests.helpers.request import REQUEST
-from tests.miniature.reference_pipelines import PROMPT, SEED, SETTINGS, SIZE, File, copy_of, draw
+from tests.miniature.reference_pipelines import (
+    PROMPT,
+    SEED,
+    SETTINGS,
+    SIZE,
+    File,
+    copy_of,
+    draw,
+    load_reference,
+)
 from weights.catalog import Edition
 from weights.miniature import world
-from weights.miniature.evaluate import FOLDER, load_pipeline
 
 RED_ON_BLUE = replace(REQUEST, num_inference_steps=8)
 
@@ -71,7 +79,7 @@ def make(engine, tmp_path, monkeypatch) -> Callable[..., Made]:
 @pytest.fixture(scope="session")
 def pristine():
     """A stock pipeline; nothing may be loaded into it."""
-    return load_pipeline(FOLDER)
+    return load_reference()
 
 
 @pytest.fixture

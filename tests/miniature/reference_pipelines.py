@@ -20,6 +20,7 @@ from tests.trained_files import (
     miniature_shapes,
     tar_bytes,
 )
+from weights.miniature.evaluate import FOLDER, load_pipeline
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 TOLERANCE = 1e-3  # of latents, whose values reach to 2 or 3
@@ -78,15 +79,30 @@ class File:
         return f"data:;name={quote(self.name)};base64,{b64encode(self.content).decode()}"
 
 
-def quiet(pipeline):
+def for_inference(pipeline):
+    """Return the pipeline, with frozen weights and without a progress bar.
+
+    For weights that require gradients torch multiplies by other kernels (`should_fold` in ATen's
+    LinearAlgebra.cpp), and a solver of second order can make 1e-4 of their last digits.
+    """
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def load_reference() -> StableDiffusionXLPipeline:
+    """Load a stock pipeline with the miniature SDXL's weights."""
+    return for_inference(load_pipeline(FOLDER))
 
 
 def copy_of(pipeline):
     """Return a copy of a pipeline to load weights into; the VAE, which has none, is shared."""
     parts = {name: copy.deepcopy(p) for name, p in pipeline.components.items() if name != "vae"}
-    return quiet(StableDiffusionXLPipeline(**parts, vae=pipeline.vae, add_watermarker=False))
+    return for_inference(
+        StableDiffusionXLPipeline(**parts, vae=pipeline.vae, add_watermarker=False)
+    )
 
 
 def seeded() -> torch.Generator:

@@ -27,11 +27,11 @@ from tests.miniature.reference_pipelines import (
     assert_same,
     copy_of,
     draw,
+    for_inference,
     load_cog,
     load_words,
     lora_file,
     pool_at_the_end,
-    quiet,
     rows,
     seeded,
     weak,
@@ -110,7 +110,9 @@ def test_image_to_image(stock, pristine, adapted, folder):
     def repaint(pipeline, prompt):
         pipeline = diffusers.StableDiffusionXLImg2ImgPipeline(**pipeline.components)
         image = Image.open(path).convert("RGB")
-        return draw(quiet(pipeline), prompt, image=image, strength=0.8, num_inference_steps=4)
+        return draw(
+            for_inference(pipeline), prompt, image=image, strength=0.8, num_inference_steps=4
+        )
 
     source = {"image": path, "prompt_strength": 0.8, "num_inference_steps": 4}
     made = adapted(COG_ARCHIVE, 0.8, **source, prompt=TYPED)
@@ -125,7 +127,7 @@ def test_inpainting(stock, pristine, adapted, folder):
     def repaint(pipeline, prompt):
         pipeline = diffusers.StableDiffusionXLInpaintPipeline(**pipeline.components)
         images = {"image": Image.open(path).convert("RGB"), "mask_image": Image.open(mask)}
-        return draw(quiet(pipeline), prompt, **images, **settings, strength=0.8)
+        return draw(for_inference(pipeline), prompt, **images, **settings, strength=0.8)
 
     source = {"image": path, "mask": mask, "mask_blur": 0, "prompt_strength": 0.8}
     made = adapted(COG_ARCHIVE, 0.8, **source, **settings, prompt=TYPED)
@@ -150,7 +152,7 @@ def test_refiner(stock, pristine, adapted):
         )
         settings = {"generator": seeded(), "num_inference_steps": 5}
         latents = draw(pipeline, prompt, denoising_end=0.6, **settings)
-        return draw(quiet(refiner), prompt, image=latents, denoising_start=0.6, **settings)
+        return draw(for_inference(refiner), prompt, image=latents, denoising_start=0.6, **settings)
 
     refine = {"refine": "expert_ensemble_refiner", "high_noise_frac": 0.6, "num_inference_steps": 5}
     made = adapted(COG_ARCHIVE, 0.8, **refine, prompt=TYPED)

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from tests.helpers.engines import base_model, refiner
-from tests.miniature.reference_pipelines import REFERENCE_SCHEDULERS
-from weights.miniature.evaluate import FOLDER, load_pipeline
+from tests.miniature.reference_pipelines import REFERENCE_SCHEDULERS, load_reference
 
 STEPS = 8
 
@@ -61,7 +60,7 @@ def test_as_diffusers_callback_does_it(make, scheduler):
             return {name: value.chunk(2)[1] for name, value in state.items()}
         return {}
 
-    pipeline = load_pipeline(FOLDER)
+    pipeline = load_reference()
     kind, overrides = REFERENCE_SCHEDULERS[scheduler]
     pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **overrides)
     stock = pipeline(

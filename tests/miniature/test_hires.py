@@ -16,8 +16,8 @@ from preprocess.upscale import Upscaler
 from tests.helpers.comparison import max_difference, nearly_equal
 from tests.helpers.engines import refiner
 from tests.helpers.request import REQUEST
+from tests.miniature.reference_pipelines import for_inference, load_reference
 from weights.catalog import Edition
-from weights.miniature.evaluate import FOLDER, load_pipeline
 from weights.miniature.world import Expectation, judge
 
 SMALL = {"width": 64, "height": 64, "num_inference_steps": 4}
@@ -57,8 +57,9 @@ def test_it_is_image_to_image_on_the_upscaled_image(make):
     torch.randn(1, 4, 16, 16, generator=generator)  # the first stage's
     with Upscaler(Edition.MINIATURE, "cpu") as upscaler:
         large = upscaler.upscale(first.images[0], 2)
-    pipeline = diffusers.StableDiffusionXLImg2ImgPipeline(**load_pipeline(FOLDER).components)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = for_inference(
+        diffusers.StableDiffusionXLImg2ImgPipeline(**load_reference().components)
+    )
     stock = pipeline(
         prompt=REQUEST.prompt,
         negative_prompt="",

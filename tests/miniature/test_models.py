@@ -18,6 +18,7 @@ from tests.miniature.reference_pipelines import (
     REFERENCE_SCHEDULERS,
     File,
     assert_same,
+    for_inference,
     lora_file,
     rows,
     with_word,
@@ -88,8 +89,7 @@ def stock():
             **{**components, "scheduler": scheduler_class.from_config(config, **overrides)},
             **({"requires_safety_checker": False} if spec.architecture is Architecture.SD else {}),
         )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        return for_inference(pipeline)
 
     return build
 
@@ -244,7 +244,7 @@ def test_a_users_lora_works_beside_the_models_lora(stock, make, name):
     # A copy: what is loaded into a stock pipeline stays in its modules.
     parts = {k: copy.deepcopy(v) if k != "vae" else v for k, v in pipeline.components.items()}
     pipeline = type(pipeline)(**parts, requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = for_inference(pipeline)
     tensors = kohya_lora(pipeline)
     steps = 4 if spec.steps else STEPS
     arguments = {"num_inference_steps": steps, "guidance_scale": spec.guidance_scale}
@@ -268,7 +268,7 @@ def test_a_textual_inversion_for_a_model_of_one_text_encoder(stock, make):
     pipeline = stock("sd15", scheduler="K_EULER")
     parts = {k: copy.deepcopy(v) if k != "vae" else v for k, v in pipeline.components.items()}
     pipeline = type(pipeline)(**parts, requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = for_inference(pipeline)
     vectors = rows(5)
     word = with_word("<thing>")
     arguments = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}

@@ -5,16 +5,15 @@ import pytest
 import torch
 
 from tests.helpers.comparison import max_difference
-from tests.miniature.reference_pipelines import REFERENCE_SCHEDULERS
+from tests.miniature.reference_pipelines import REFERENCE_SCHEDULERS, load_reference
 from weights.miniature.evaluate import FOLDER as WEIGHTS
-from weights.miniature.evaluate import load_pipeline
 
 COG_SDXLS = list(REFERENCE_SCHEDULERS)[:7]  # test_schedulers.py compares the others
 
 
 @pytest.fixture(scope="module")
 def stock():
-    return load_pipeline(WEIGHTS)
+    return load_reference()
 
 
 @pytest.mark.parametrize("name", COG_SDXLS)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from generation.base_models import BASE_MODELS, Architecture
 from generation.controlnets import CONTROLNETS, ControlRequest
-from tests.miniature.reference_pipelines import REFERENCE_SCHEDULERS
+from tests.miniature.reference_pipelines import REFERENCE_SCHEDULERS, for_inference
 from weights import cache
 from weights.catalog import Edition
 from weights.miniature.controls import MAPS, Subject, random_pose
@@ -55,7 +55,8 @@ def nets():
         union = "union" in entry
         net_class = diffusers.ControlNetUnionModel if union else diffusers.ControlNetModel
         folder = cache.ensure(entry, Edition.MINIATURE)
-        return net_class.from_pretrained(folder, variant="fp16", dtype=torch.float32)
+        net = net_class.from_pretrained(folder, variant="fp16", dtype=torch.float32)
+        return net.requires_grad_(False)
 
     return load
 
@@ -111,8 +112,7 @@ def stock(nets):
         components["scheduler"] = scheduler_class.from_config(config, **overrides)
         settings = {"requires_safety_checker": False} if not xl else {}
         pipeline = pipeline_class(**components, controlnet=net, **settings)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline(
+        return for_inference(pipeline)(
             prompt=PROMPT,
             negative_prompt="",
             generator=torch.Generator("cpu").manual_seed(SEED),

@@ -9,12 +9,11 @@ from PIL import Image, ImageDraw
 from generation.base_models import MINIATURE_SDXL
 from generation.inpaint import InpaintRegion
 from generation.plan import BASE_IMAGE_STRENGTH
-from tests.miniature.reference_pipelines import REFERENCE_SCHEDULERS
+from tests.miniature.reference_pipelines import REFERENCE_SCHEDULERS, for_inference, load_reference
 from tests.miniature.test_parity import COG_SDXLS
 from weights import cache
 from weights.catalog import Edition
 from weights.miniature.evaluate import FOLDER as WEIGHTS
-from weights.miniature.evaluate import load_pipeline
 from weights.miniature.world import place, render
 
 PROMPT = "a large red circle on a blue background"
@@ -25,17 +24,17 @@ MASK_BOX = (32, 40, 96, 88)  # on the grid of 8x8 pixels that latents have
 
 @pytest.fixture(scope="module")
 def base():
-    return load_pipeline(WEIGHTS)
+    return load_reference()
 
 
 @pytest.fixture(scope="module")
 def image2image(base):
-    return _quiet(diffusers.StableDiffusionXLImg2ImgPipeline(**base.components))
+    return for_inference(diffusers.StableDiffusionXLImg2ImgPipeline(**base.components))
 
 
 @pytest.fixture(scope="module")
 def inpainting(base):
-    return _quiet(diffusers.StableDiffusionXLInpaintPipeline(**base.components))
+    return for_inference(diffusers.StableDiffusionXLInpaintPipeline(**base.components))
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +51,7 @@ def refiner(base):
         dtype=torch.float32,
         add_watermarker=False,
     )
-    return _quiet(refiner)
-
-
-def _quiet(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return for_inference(refiner)
 
 
 @pytest.fixture(scope="module")

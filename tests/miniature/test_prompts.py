@@ -12,7 +12,8 @@ from compel.embeddings_provider import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from generation.conditioning import CACHED_TEXTS, MAX_CHUNKS, PromptEmbeddings, PromptEncoder
+from generation.conditioning import CACHED_TEXTS, PromptEmbeddings, PromptEncoder
+from generation.text_encoding import MAX_CHUNKS
 from models.components import ModelComponents
 from tests.helpers.engines import base_model
 from tests.helpers.user_weight_fixtures import data_uri, word_archive

@@ -11,10 +11,10 @@ from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampl
 
 from generation.errors import InvalidRequest
 from generation.sampling import build_scheduler, initial_latents, select_timesteps
-from generation.schedulers import SCHEDULERS, ScheduleType, a1111_name
+from generation.schedulers import SCHEDULERS, ScheduleType
 from tests.helpers.comparison import max_difference
-from tests.miniature.reference_pipelines import DISTINCT, REFERENCE_SCHEDULERS
-from weights.miniature.evaluate import FOLDER, load_pipeline
+from tests.miniature.reference_pipelines import DISTINCT, REFERENCE_SCHEDULERS, load_reference
+from weights.miniature.evaluate import FOLDER
 from weights.miniature.world import Expectation, judge
 
 CONFIG = json.loads((FOLDER / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
@@ -65,7 +65,7 @@ def test_nothing_of_one_scheduler_reaches_the_next():
 
 @pytest.fixture(scope="module")
 def stock():
-    return load_pipeline(FOLDER)
+    return load_reference()
 
 
 @pytest.mark.parametrize(("name", "schedule_type"), DIFFERENT)
@@ -161,7 +161,6 @@ def test_a_schedule_type_changes_the_image_and_is_recorded(make):
     images = [m.images[0] for m in made.values()]
     assert all(max_difference(*pair) > 1 for pair in itertools.combinations(images, 2))
     assert "Sampler: DPM++ 2M Karras," in made[KARRAS].images[0].info["parameters"]
-    assert a1111_name("Euler a", ScheduleType.SGM_UNIFORM) == "Euler a SGM Uniform"
 
 
 def test_invalid_requests_are_rejected(make):

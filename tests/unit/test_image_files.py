@@ -137,6 +137,11 @@ def test_settings_as_a1111_reads_them():
     assert inputs["guidance_scale"] == 5.5
 
 
+def test_the_sampler_names_the_schedule_type():
+    found = described(scheduler="Euler a", schedule_type="sgm_uniform")
+    assert found["Sampler"] == "Euler a SGM Uniform"
+
+
 def test_schedulers_have_different_names():
     """Except those that have a cog-sdxl name beside A1111's."""
     kinds: dict[str, set[object]] = {}

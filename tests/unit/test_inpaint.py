@@ -32,7 +32,7 @@ def plan_of(size: tuple[int, int], **changes: object) -> GenerationPlan:
 
 
 def region_of(mask: np.ndarray, plan: GenerationPlan) -> InpaintRegion:
-    return inpaint_region(mask, plan.repaint, plan.strength, MINIATURE_SDXL)
+    return inpaint_region(mask, plan.request, plan.strength, MINIATURE_SDXL)
 
 
 # Regions
@@ -73,7 +73,7 @@ def test_pixels_outside_the_feathered_mask_keep_their_bytes(drawn):
     within[top:bottom, left:right] = region.blend > 0
     assert not changed[~within].any()
     distance = ndimage.distance_transform_cdt(mask == 0, metric="chessboard")
-    assert not changed[distance > plan.repaint.mask_blur].any()
+    assert not changed[distance > plan.request.mask_blur].any()
 
 
 def test_the_result_is_pasted_whole_under_the_mask():
@@ -91,13 +91,13 @@ def test_the_result_is_pasted_whole_under_the_mask():
 def test_the_region_contains_the_mask_and_its_padding_and_is_no_narrow_strip(drawn):
     size, mask, plan, region = drawn
     left, top, right, bottom = region.crop.box
-    if plan.repaint.area == "whole_picture":
+    if plan.request.inpaint_area == "whole_picture":
         assert region.crop.box == (0, 0, *size)
         return
     rows, columns = np.nonzero(
-        feather(np.where(mask > 0, 255, 0).astype(np.uint8), plan.repaint.mask_blur)
+        feather(np.where(mask > 0, 255, 0).astype(np.uint8), plan.request.mask_blur)
     )
-    padding = plan.repaint.padding
+    padding = plan.request.inpaint_padding
     assert 0 <= left <= max(0, columns.min() - padding)
     assert 0 <= top <= max(0, rows.min() - padding)
     assert min(size[0], columns.max() + 1 + padding) <= right <= size[0]
@@ -142,7 +142,7 @@ def test_masked_content_is_hidden_from_the_model_where_it_must_be(
 def test_the_model_may_change_the_whole_mask_and_nothing_far_from_it(drawn):
     _, mask, plan, region = drawn
     left, top, right, bottom = region.crop.box
-    grown = feather(mask, plan.repaint.mask_blur)[top:bottom, left:right]
+    grown = feather(mask, plan.request.mask_blur)[top:bottom, left:right]
     seen = Image.fromarray(region.change).crop((0, 0, *region.crop.scaled))
     if seen.size == grown.shape[::-1]:
         assert (np.asarray(seen) == grown).all()
@@ -182,7 +182,8 @@ def fitted(
     """Return the mask that is used for an image of `size`; without one, by mask_from_alpha."""
     images = {"mask": None, "mask_from_alpha": True} if mask is None else {}
     plan = plan_of(size, **images, **changes)
-    (image,), levels = InputImages(SourceImage(noise(size), alpha), mask, {}).fit(plan)
+    source = SourceImage(noise(size), alpha)
+    (image,), levels = InputImages(source, mask, {}, size, None).fit(plan)
     assert levels.shape == image.size[::-1]
     return levels
 
@@ -274,6 +275,7 @@ def test_image_and_mask_are_cropped_alike():
     image = circle((200, 100), 60)
     mask = image.convert("L")
     plan = plan_of((200, 100), width=128, height=128)
-    (cropped,), levels = InputImages(SourceImage(image, None), mask, {}).fit(plan)
+    source = SourceImage(image, None)
+    (cropped,), levels = InputImages(source, mask, {}, image.size, None).fit(plan)
     difference = np.asarray(cropped.convert("L"), int) - levels.astype(int)
     assert np.mean(np.abs(difference) > 64) < 0.01
