@@ -16,8 +16,10 @@ from generation.base_models import (
     DEFAULT_BASE_MODEL,
     SAFETY_ENTRIES,
 )
+from generation.errors import InvalidRequest
 from generation.options import GenerationRequest
 from generation.outputs import OutputFolders
+from inputs import from_inputs
 from weights.edition import (
     model_budget,
     requested_compiling,
@@ -475,7 +477,7 @@ class Predictor(BasePredictor):
     ) -> List[Path]:
         """Generate images from a prompt, or from images and a prompt."""
         inputs = {name: value for name, value in locals().items() if name != "self"}
-        request = GenerationRequest.from_inputs(**inputs)
+        request = from_inputs(GenerationRequest, inputs, InvalidRequest)
         result = self.engine.generate(request, self.folders.fresh())
         self.record_metric("seed", result.plan.seeds[0])
         self.record_metric("num_inference_steps", result.plan.num_inference_steps)

@@ -161,13 +161,14 @@ class LoraMerger:
         owner = self._owner = object()
         kept = False
         try:
-            self._switch_to(tuple(adapters))
+            if adapters or self._merged != ():
+                self._switch_to(tuple(adapters))
             kept = keep
             yield self._tokenizers
         finally:
             # A request cancelled between here and its `with` statement ends when its frames are
             # freed, perhaps during the next request, whose adapters it must not take back.
-            if not kept and self._owner is owner:
+            if not kept and self._owner is owner and self._merged != ():
                 self._switch_to(())
 
     def recover(self) -> None:

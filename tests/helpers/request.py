@@ -1,9 +1,7 @@
 """The request that most tests change: one fast, unchecked and unmarked image of a known seed."""
 
-from generation.controlnets import ControlRequest
 from generation.options import GenerationRequest
 
-NO_CONTROL = ControlRequest()
 REQUEST = GenerationRequest(
     prompt="a large red circle on a blue background",
     seed=1,

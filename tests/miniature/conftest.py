@@ -38,11 +38,6 @@ class Made:
     bytes: list[bytes]
     latents: torch.Tensor
 
-    @property
-    def pictures(self) -> list[Image.Image]:
-        """The images, by the name that other tests still use."""
-        return self.images
-
 
 @pytest.fixture(scope="session")
 def engine() -> Engine:

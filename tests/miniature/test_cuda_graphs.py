@@ -12,7 +12,6 @@ from models.cuda_graphs import CUDAGraphRunner, ExecutionConfig
 from tests.helpers.comparison import max_difference
 from tests.helpers.engines import base_model
 from tests.helpers.fake_graph_capture import FakeGraphCapture
-from tests.helpers.request import NO_CONTROL
 from tests.miniature.reference_pipelines import MODES
 from weights.edition import has_compiler
 
@@ -54,7 +53,7 @@ def generate(make, files):
         changes = {"num_inference_steps": STEPS, **size, **REQUESTS[name], **more}
         if changes.get("controls"):
             control = ControlRequest("edge_canny", files["image"], 0.75, 0, 0.5, is_map=False)
-            changes["controls"] = (control, NO_CONTROL, NO_CONTROL)
+            changes["controls"] = (control,)
         inputs = {k: files.get(v, v) if isinstance(v, str) else v for k, v in changes.items()}
         return np.stack([np.asarray(p, int) for p in make(**inputs).images])
 

@@ -12,7 +12,6 @@ from generation.engine import Engine
 from generation.safety import SafetyChecker
 from models.cuda_graphs import CUDAGraphRunner
 from tests.evals import safety
-from tests.helpers.request import NO_CONTROL
 from tests.miniature import concept
 from tests.miniature import training_bars as bars
 from tests.miniature.reference_pipelines import COG_ARCHIVE, MODES, TYPED
@@ -63,7 +62,7 @@ def test_a_gpu_gives_the_cpus_image(gpu, make, files, mode):
 
 def test_a_gpu_gives_the_cpus_image_with_controlnets(gpu, make, files):
     edges = ControlRequest("edge_canny", files["image"], 0.75, 0, 1, is_map=False)
-    controlled = {"controls": (edges, edges, NO_CONTROL)}
+    controlled = {"controls": (edges, edges)}
     (here,), (there,) = (make(**e, **controlled).images for e in ({"engine": gpu}, {}))
     (other,) = make().images
     assert difference(here, there) < CLOSE < difference(other, there)

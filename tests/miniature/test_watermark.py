@@ -8,10 +8,10 @@ import torch
 from imwatermark.maxDct import EmbedMaxDct
 from PIL import Image
 
+from benchmarks.photo import photo
 from generation import watermark
 from generation.sizes import Margins
 from generation.watermark import BITS
-from script.tools.photo import photo
 from tests.helpers.comparison import max_difference
 from weights.miniature.world import COLOURS
 

@@ -1,22 +1,23 @@
-"""The training loop of replicate/cog-sdxl (trainer_pti.py at c79cb3c), stated again to be measured.
+"""The training loop of replicate/cog-sdxl (trainer_pti.py at c79cb3c), written again as a baseline.
 
-What costs time or memory there is kept: LoRA as separate layers inside the attention processors,
+What takes time or memory there is kept: LoRA as separate layers inside the attention processors,
 both text encoders forwards and backwards in every step (after the pivot too), gradients and
 optimizer state for the whole vocabularies, vectors pulled back twice a step, the loss fetched for
-each step. What it does wrong otherwise is not: it trains here at the size that it says.
+each step. One of its bugs is not: it trains here at the size that
+it states.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, TensorDataset
 
-from script.tools.peer_lora import LoraProcessor
+from benchmarks.baseline_lora import LoraProcessor
+from models.tokens import tokenize
 from training.dataset import CachedExample
 from training.model import TrainableModel
 
@@ -25,29 +26,10 @@ LORA_LR, TI_LR = 1e-4, 3e-4
 LORA_DECAY, TI_DECAY = 1e-4, 1e-3
 RETRACT_POWER = 0.1
 
-Batch = tuple[tuple[Tensor, Tensor], Tensor, Tensor]
-
-
-class _Pairs(Dataset[Batch]):
-    """Tokens, one frozen latent sample, and its mask in four channels."""
-
-    def __init__(self, items: Sequence[CachedExample], scaling: float, tokens: list[Any]) -> None:
-        self._rows: list[Batch] = []
-        for item, ids in zip(items, zip(*tokens, strict=True), strict=True):
-            view = item.views[0]
-            latent = (view.mean + view.std * torch.randn_like(view.std)) * scaling
-            self._rows.append((ids, latent, view.mask.expand_as(latent)))
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Batch:
-        return self._rows[index]
-
 
 @dataclass
-class PeerTraining:
-    """One run of it."""
+class CogSdxlTraining:
+    """One training."""
 
     model: TrainableModel
     items: Sequence[CachedExample]
@@ -56,7 +38,7 @@ class PeerTraining:
     steps: int
 
     def run(self, on_step: Callable[[int, float], None]) -> None:
-        """All steps; tells the number, from 1, and the loss of each."""
+        """Train; `on_step` gets the number of each step, from 1, and its loss."""
         loader = self._loader()
         layers = self._attach()
         tables = [
@@ -75,7 +57,7 @@ class PeerTraining:
             for batch in loader:
                 if step == self.steps // 2:
                     optimizer = torch.optim.AdamW(groups[:1])
-                loss = self._loss(*batch)
+                loss = self._loss(batch[:-2], *batch[-2:])
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 optimizer.zero_grad()
@@ -85,25 +67,20 @@ class PeerTraining:
                 if step == self.steps:
                     break
 
-    def _loader(self) -> DataLoader[Batch]:
-        device = self.model.device
-        tokens = []
-        for part, tokenizer in self.model.components.tokenizers.items():
+    def _loader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Return batches of both encoders' tokens, one frozen latent sample, and its mask."""
+        components, device = self.model.components, self.model.device
+        columns: list[Tensor] = []
+        captions = [item.caption.replace("TOK", "".join(TOKENS)) for item in self.items]
+        for part, tokenizer in components.tokenizers.items():
             tokenizer.add_special_tokens({"additional_special_tokens": TOKENS})
-            encoder: Any = self.model.components.text_encoders[part]
-            encoder.resize_token_embeddings(len(tokenizer))
-            captions = [item.caption.replace("TOK", "".join(TOKENS)) for item in self.items]
-            tokens.append(
-                tokenizer(
-                    captions,
-                    padding="max_length",
-                    max_length=77,
-                    truncation=True,
-                    return_tensors="pt",
-                ).input_ids.to(device)
-            )
-        pairs = _Pairs(self.items, self.model.latent_scale, tokens)
-        return DataLoader(pairs, batch_size=self.batch_size, shuffle=True)
+            components.text_encoders[part].resize_token_embeddings(len(tokenizer))
+            columns.append(torch.cat([tokenize(tokenizer, text) for text in captions]).to(device))
+        views = [item.views[0] for item in self.items]
+        latents = [view.mean + view.std * torch.randn_like(view.std) for view in views]
+        columns.append(torch.stack(latents) * self.model.latent_scale)
+        columns.append(torch.stack([view.mask.expand_as(view.mean) for view in views]))
+        return DataLoader(TensorDataset(*columns), batch_size=self.batch_size, shuffle=True)
 
     def _attach(self) -> list[nn.Parameter]:
         unet = self.model.components.unet
@@ -115,7 +92,7 @@ class PeerTraining:
         unet.set_attn_processor(processors)  # which empties the dictionary
         return layers
 
-    def _loss(self, tokens: tuple[Tensor, Tensor], latents: Tensor, mask: Tensor) -> Tensor:
+    def _loss(self, tokens: Sequence[Tensor], latents: Tensor, mask: Tensor) -> Tensor:
         model, device = self.model, self.model.device
         states, pooled = [], None
         for ids, encoder in zip(tokens, model.components.text_encoders.values(), strict=True):
@@ -136,8 +113,8 @@ class PeerTraining:
                 "time_ids": time_ids.to(device, model.unet_dtype),
             },
         ).sample
-        wanted = model.target(latents, noise, timesteps)
-        loss: Tensor = ((predicted - wanted).square() * mask).mean()
+        target = model.target(latents, noise, timesteps)
+        loss: Tensor = ((predicted - target).square() * mask).mean()
         return loss
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A picture like a photo, for benchmarks of what comes after a picture."""
+"""An image like a photo, for benchmarks of what happens to an image once it is generated."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def photo(height: int, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """(height, width, 3), smooth waves under noise."""
+    """Return (height, width, 3): smooth waves under noise."""
     y, x = np.mgrid[0:height, 0:width]
     waves = (
         128 + 90 * np.sin(x / 97) + 20 * np.sin(y / 31),

@@ -1,0 +1,1 @@
+"""Benchmarks beside diffusers and cog-sdxl: the Python of script/bench."""
