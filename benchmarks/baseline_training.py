@@ -78,7 +78,7 @@ class CogSdxlTraining:
             columns.append(torch.cat([tokenize(tokenizer, text) for text in captions]).to(device))
         views = [item.views[0] for item in self.items]
         latents = [view.mean + view.std * torch.randn_like(view.std) for view in views]
-        columns.append(torch.stack(latents) * self.model.latent_scale)
+        columns.append(torch.stack(latents) * self.model.noise.latent_scale)
         columns.append(torch.stack([view.mask.expand_as(view.mean) for view in views]))
         return DataLoader(TensorDataset(*columns), batch_size=self.batch_size, shuffle=True)
 
@@ -103,7 +103,7 @@ class CogSdxlTraining:
         time_ids = torch.tensor([[height, width, 0, 0, height, width]] * len(latents))
         latents, mask = latents.to(device, model.unet_dtype), mask.to(device)
         noise = torch.randn_like(latents)
-        timesteps = torch.randint(0, model.n_timesteps, (len(latents),), device=device)
+        timesteps = torch.randint(0, model.noise.n_timesteps, (len(latents),), device=device)
         predicted = model.components.unet(
             model.noise_scheduler.add_noise(latents, noise, timesteps),
             timesteps,

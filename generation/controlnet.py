@@ -70,7 +70,7 @@ def _render_map(
     if annotator is not None:
         control_map = annotators.annotate(annotator, control_map, settings, detectors)
     if annotators.is_empty(control_map):
-        detects = "anything" if annotator is None else annotators.ANNOTATORS[annotator].looks_for
+        detects = "anything" if annotator is None else annotators.ANNOTATORS[annotator].detects
         print(
             f"{plan.name}: {plan.spec.name} does not find {detects} in the image; its map is"
             " of one colour and has no effect",

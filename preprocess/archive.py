@@ -1,4 +1,4 @@
-"""A training's archive of photos → picture and text files, in a folder that is gone afterwards."""
+"""A training's archive → image and text files, in a folder that is removed afterwards."""
 
 import re
 import tempfile
@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 
-from preprocess.errors import BadArchive, BadCaptions, BadPicture, DiskFull
+from preprocess.errors import BadArchive, BadCaptions, BadImage, DiskFull
+from preprocess.image_formats import begins_like_photo, image_suffixes
 from preprocess.images import read_size
-from preprocess.picture_formats import begins_like_photo, picture_suffixes
 from weights.formats.archive import (
     ArchiveError,
     Container,
@@ -21,26 +21,29 @@ from weights.formats.archive import (
     read_members,
 )
 from weights.formats.detect import describe
-from weights.messages import disk_full_raises, quote
+from weights.messages import disk_full_raises, quote, quote_list
 
-MIN_PICTURES = 2  # from one, a model learns the picture and not what it shows
-MAX_PICTURES = 2000
-MAX_MEMBERS = 10_000  # for each picture a text and both of their doubles from a Mac, and folders
+MIN_IMAGES = 2  # from one, a model learns the image and not its subject
+MAX_IMAGES = 2000
 MAX_ARCHIVE_BYTES = 5_000_000_000
-MAX_EXPANDED_BYTES = 6_000_000_000
-MAX_RATIO = 200  # of expanded to packed bytes; photos hardly shrink, but drawings do
-FREE_BYTES = 200_000_000  # may be expanded whatever the ratio
-MAX_PICTURE_BYTES = 200_000_000  # 64 million pixels of RGB, uncompressed
+MAX_IMAGE_BYTES = 200_000_000  # 64 million pixels of RGB, uncompressed
 MAX_TEXT_BYTES = 10_000_000
 MIN_SIDE = 64  # pixels
+LIMITS = Limits(
+    members=10_000,  # for each image a text, the doubles that a Mac adds for both, and folders
+    total_bytes=6_000_000_000,
+    ratio=200,  # photos hardly shrink, but drawings do
+    free_bytes=200_000_000,
+    remedy="Send fewer or smaller images",
+)
 
 TEXT_SUFFIXES = (".csv", ".txt")
-_NOT_SENT_BY_PEOPLE = ("__macosx", "@eadir", "thumbs.db", "desktop.ini")
-_REMEDY = "send a zip, tar or tar.gz of pictures"
+_CLUTTER = ("__macosx", "@eadir", "thumbs.db", "desktop.ini")  # that systems add
+_REMEDY = "send a zip, tar or tar.gz of images"
 
 
 class Filetype(StrEnum):
-    """Which archives are taken; whatever is asked for, the content tells which one it is."""
+    """Which archives to accept; their content tells which one they are."""
 
     INFER = "infer"
     ZIP = "zip"
@@ -49,9 +52,9 @@ class Filetype(StrEnum):
 
 @dataclass(frozen=True)
 class Photo:
-    """One picture of an archive; its pixels are for `preprocess.images.read_image`."""
+    """One image of an archive; `preprocess.images.read_image` reads its pixels."""
 
-    name: str  # inside the archive, "cats/1.jpg": for people, never a path on disk
+    name: str  # inside the archive, "cats/1.jpg": for messages, never a path on disk
     label: str  # for messages: the input and the name
     path: Path
     size: tuple[int, int]  # width and height in pixels, upright, by its header
@@ -68,18 +71,20 @@ class TextFile:
 
 @dataclass(frozen=True)
 class PhotoArchive:
-    """What an archive holds for a training."""
+    """The content of a training's archive."""
 
     label: str  # the input's name, for messages
-    photos: tuple[Photo, ...]  # by their names, as people count: 2 before 10
+    photos: tuple[Photo, ...]  # in natural order of their names: 2 before 10
     texts: tuple[TextFile, ...]
 
 
 @dataclass
-class _Unpacking:
+class _Files:
+    """The files taken out of an archive so far."""
+
     label: str
     folder: Path
-    pictures: dict[str, Path] = field(default_factory=dict)  # name → file
+    images: dict[str, Path] = field(default_factory=dict)  # name → file
     texts: dict[str, Path] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
 
@@ -91,7 +96,7 @@ class _Unpacking:
 
 
 def check_filetype(path: Path, filetype: str, label: str) -> None:
-    """Refuse an archive that is not what is said of it; raises BadArchive."""
+    """Raise BadArchive for an archive that is not of this `Filetype`."""
     container = _find_container(path, label)
     if filetype != Filetype.INFER and (container is Container.ZIP) != (filetype == Filetype.ZIP):
         raise BadArchive(
@@ -102,34 +107,30 @@ def check_filetype(path: Path, filetype: str, label: str) -> None:
 
 @contextmanager
 def unpacked(path: Path, label: str, folder: Path) -> Iterator[PhotoArchive]:
-    """The photos and texts of an archive, as files under our own names in a new folder inside
-    `folder`; they are gone when the block is left, however it is left.
+    """Unpack images and texts into a new folder inside `folder`, and remove it on exit.
 
     Raises:
-        BadArchive, BadPicture, BadCaptions, DiskFull: see `preprocess.errors`.
+        BadArchive, BadImage, BadCaptions, DiskFull: see `preprocess.errors`.
     """
 
     def disk_full() -> DiskFull:
         return DiskFull(
             f"{label} does not fit into {folder}: the disk is full; free some room there, or send"
-            " fewer or smaller pictures"
+            " fewer or smaller images"
         )
 
     container = _find_container(path, label)
-    limits = Limits(
-        MAX_MEMBERS, MAX_EXPANDED_BYTES, MAX_RATIO, FREE_BYTES, "Send fewer or smaller pictures"
-    )
     with disk_full_raises(disk_full):
-        private = tempfile.TemporaryDirectory(prefix="photos-", dir=folder)
-    with private as name:
-        unpacking = _Unpacking(label, Path(name))
-        with disk_full_raises(disk_full):
-            try:
-                for member in read_members(path, container, limits):
-                    _take(member, unpacking)
-            except ArchiveError as error:
-                raise unpacking.bad(error.fault, error.remedy) from error
-        yield _look_through(unpacking)
+        unpacking = tempfile.TemporaryDirectory(prefix="photos-", dir=folder)
+    with unpacking as name:
+        files = _Files(label, Path(name))
+        try:
+            with disk_full_raises(disk_full):
+                for member in read_members(path, container, LIMITS):
+                    _take(member, files)
+        except ArchiveError as error:
+            raise files.bad(error.fault, error.remedy) from error
+        yield _check_content(files)
 
 
 def _find_container(path: Path, label: str) -> Container:
@@ -140,7 +141,7 @@ def _find_container(path: Path, label: str) -> Container:
     if size > MAX_ARCHIVE_BYTES:
         raise BadArchive(
             f"{label} has {size} bytes; at most {MAX_ARCHIVE_BYTES} are read:"
-            " send fewer or smaller pictures"
+            " send fewer or smaller images"
         )
     with path.open("rb") as file:
         start = file.read(512)
@@ -151,50 +152,46 @@ def _find_container(path: Path, label: str) -> Container:
     return container
 
 
-def _take(member: Member, unpacking: _Unpacking) -> None:
-    """Keep a member that is a picture or a text; leave others alone."""
+def _take(member: Member, files: _Files) -> None:
+    """Save a member that is an image or a text; ignore others."""
     name = _plain_name(member.name)
-    if _is_clutter(name):
+    parts = name.lower().split("/")
+    if not parts[-1] or any(part.startswith(".") or part in _CLUTTER for part in parts):
         return
     suffix = PurePosixPath(name).suffix.lower()
-    promised = suffix in TEXT_SUFFIXES or suffix in picture_suffixes()
-    limit = MAX_TEXT_BYTES if suffix in TEXT_SUFFIXES else MAX_PICTURE_BYTES
-    if not promised:
-        _check_no_captions(name, unpacking)
+    is_text = suffix in TEXT_SUFFIXES
+    is_expected = is_text or suffix in image_suffixes()
+    limit = MAX_TEXT_BYTES if is_text else MAX_IMAGE_BYTES
+    if not is_expected:
+        _check_no_captions(name, files)
     if member.size > limit:
-        if not promised:
-            unpacking.ignored.append(name)
+        if not is_expected:
+            files.ignored.append(name)
             return
-        raise unpacking.bad(
+        raise files.bad(
             f"holds {quote(name)} of {member.size} bytes; {limit} are allowed",
             "Send a smaller version",
         )
-    if name in unpacking.pictures or name in unpacking.texts:
-        raise unpacking.bad(f"holds {quote(name)} twice", "Pack it anew, with the one you mean")
-    path = unpacking.folder / str(len(unpacking.pictures) + len(unpacking.texts))
+    if name in files.images or name in files.texts:
+        raise files.bad(f"holds {quote(name)} twice", "Pack it again, with the one you mean")
+    path = files.folder / str(len(files.images) + len(files.texts))
     member.save(path)
-    if suffix in TEXT_SUFFIXES:
-        unpacking.texts[name] = path
-    elif promised or _is_photo(path):
-        unpacking.pictures[name] = path
-        if len(unpacking.pictures) > MAX_PICTURES:
-            raise unpacking.bad(f"holds more than {MAX_PICTURES} pictures", "Send fewer")
+    if is_text:
+        files.texts[name] = path
+    elif is_expected or _is_photo(path):
+        files.images[name] = path
+        if len(files.images) > MAX_IMAGES:
+            raise files.bad(f"holds more than {MAX_IMAGES} images", "Send fewer")
     else:
-        unpacking.ignored.append(name)
+        files.ignored.append(name)
         path.unlink()
 
 
 def _plain_name(name: str) -> str:
-    """A member's name with / between folders, without ./ and in Unicode's composed form."""
+    """Return a member's name with / between folders, without ./ and in composed Unicode."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace").replace("\\", "/")
     parts = [part for part in text.split("/") if part != "."]
     return unicodedata.normalize("NFC", "/".join(parts))
-
-
-def _is_clutter(name: str) -> bool:
-    """Folders, hidden files, and what systems leave beside pictures."""
-    parts = name.lower().split("/")
-    return not parts[-1] or any(p.startswith(".") or p in _NOT_SENT_BY_PEOPLE for p in parts)
 
 
 def _is_photo(path: Path) -> bool:
@@ -202,43 +199,43 @@ def _is_photo(path: Path) -> bool:
         return begins_like_photo(file.read(64))
 
 
-def _check_no_captions(name: str, unpacking: _Unpacking) -> None:
+def _check_no_captions(name: str, files: _Files) -> None:
     base = PurePosixPath(name).name.lower()
     if "caption" in base or base == "metadata.jsonl":
         raise BadCaptions(
-            f"{unpacking.label_of(name)} seems to hold captions in a format that is not read; send"
-            " them as caption.csv with the columns caption and image_file, or as a .txt beside"
-            " each picture"
+            f"{files.label_of(name)} seems to hold captions in a format that is not read; send them"
+            " as caption.csv with the columns caption and image_file, or as a .txt beside each"
+            " image"
         )
 
 
-def _look_through(unpacking: _Unpacking) -> PhotoArchive:
-    """Check that there are enough pictures, and every one's header."""
-    ignored = sorted(unpacking.ignored, key=natural_order)
-    if not unpacking.pictures:
-        others = sorted([*ignored, *unpacking.texts], key=natural_order)
-        raise unpacking.bad(f"holds no picture, but {_list(others)}", _REMEDY)
+def _check_content(files: _Files) -> PhotoArchive:
+    """Check that there are enough images, and the header of each."""
+    ignored = sorted(files.ignored, key=natural_order)
+    if not files.images:
+        others = sorted([*ignored, *files.texts], key=natural_order)
+        raise files.bad(f"holds no image, but {quote_list(others)}", _REMEDY)
     if ignored:
-        print(f"{unpacking.label}: ignored, as neither a picture nor captions: {_list(ignored)}")
-    names = sorted(unpacking.pictures, key=natural_order)
-    photos = [_photo(name, unpacking) for name in names]
-    if len(photos) < MIN_PICTURES:
-        raise unpacking.bad(
-            f"holds one picture, {quote(names[0])}; at least {MIN_PICTURES} are needed",
+        print(f"{files.label}: ignored, as neither an image nor captions: {quote_list(ignored)}")
+    names = sorted(files.images, key=natural_order)
+    photos = tuple(_photo(name, files) for name in names)
+    if len(photos) < MIN_IMAGES:
+        raise files.bad(
+            f"holds one image, {quote(names[0])}; at least {MIN_IMAGES} are needed",
             "Send more, 10 to 20 are a good number",
         )
-    texts = [
-        TextFile(name, unpacking.label_of(name), unpacking.texts[name])
-        for name in sorted(unpacking.texts, key=natural_order)
-    ]
-    return PhotoArchive(unpacking.label, tuple(photos), tuple(texts))
+    texts = tuple(
+        TextFile(name, files.label_of(name), files.texts[name])
+        for name in sorted(files.texts, key=natural_order)
+    )
+    return PhotoArchive(files.label, photos, texts)
 
 
-def _photo(name: str, unpacking: _Unpacking) -> Photo:
-    path, label = unpacking.pictures[name], unpacking.label_of(name)
+def _photo(name: str, files: _Files) -> Photo:
+    path, label = files.images[name], files.label_of(name)
     width, height = read_size(path, label)
     if min(width, height) < MIN_SIDE:
-        raise BadPicture(
+        raise BadImage(
             f"{label} is {width}x{height} pixels; each side needs at least {MIN_SIDE}:"
             " send a larger version, or leave it out"
         )
@@ -246,18 +243,12 @@ def _photo(name: str, unpacking: _Unpacking) -> Photo:
 
 
 def natural_order(name: str) -> tuple[object, str]:
-    """A key that sorts names as people count, folder by folder: 2 before 10."""
-    return tuple(_counted(part) for part in name.split("/")), name
+    """Return a key that sorts names by their numbers, folder by folder: 2 before 10."""
+    return tuple(_text_and_numbers(part) for part in name.split("/")), name
 
 
-def _counted(part: str) -> tuple[tuple[str, int, str], ...]:
-    """Texts, each with the number behind it; without its zeros, the longer number is larger."""
+def _text_and_numbers(part: str) -> tuple[tuple[str, int, str], ...]:
+    """Split into texts, each with the number behind it, by its length and its digits."""
     pieces = re.split("([0-9]+)", part.casefold())
     numbers = [*(piece.lstrip("0") for piece in pieces[1::2]), ""]
     return tuple((text, len(n), n) for text, n in zip(pieces[::2], numbers, strict=True))
-
-
-def _list(names: list[str]) -> str:
-    """The first names, quoted; how many more there are."""
-    shown = ", ".join(quote(name) for name in names[:8]) or "nothing at all"
-    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown

@@ -1,8 +1,8 @@
-"""Photos of any shape → few sizes that a model trains on, cut around what matters in them.
+"""Aspect-ratio buckets, and images scaled and cropped to them.
 
-A photo goes to the size, a bucket, that is nearest to it in aspect, is scaled until it covers it,
-and what juts out on one axis is cut off. What was done is told to the model in SDXL's time ids
-(arXiv:2307.01952, 2.2). Sizes are (width, height), points (x, y), both in pixels.
+An image goes to the bucket nearest in aspect ratio, is scaled until it covers it, and is cropped on
+one axis. SDXL's time ids carry what was done (arXiv:2307.01952, 2.2). Sizes are (width, height),
+points (x, y), both in pixels.
 """
 
 import math
@@ -14,41 +14,32 @@ from PIL import Image
 
 Size = tuple[int, int]
 Point = tuple[float, float]
-Enlarge = Callable[[Image.Image], Image.Image]  # mode RGB → the same picture, larger
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+Upscale = Callable[[Image.Image], Image.Image]  # mode RGB, by any factor
 
 
 @dataclass(frozen=True)
 class BucketRules:
-    """Which sizes there are."""
+    """Which buckets there are."""
 
     resolution: int  # pixels; its square is the largest area
-    step: int  # pixels; every side is a multiple: of the VAE's factor times what the UNet halves
+    step: int  # pixels; every side is a multiple: of the VAE's factor times the UNet's
     min_side: int
     max_side: int
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A photo as a model trains on it, and what SDXL is told about it."""
+    """An image as a model trains on it."""
 
     image: Image.Image  # mode RGB
-    mask: Image.Image  # mode L, 255 = counts fully
-    original_size: Size  # of the whole photo, before it was scaled
-    crop_top_left: tuple[int, int]  # (top, left), pixels of the scaled photo
-
-    @property
-    def target_size(self) -> Size:
-        """The bucket."""
-        return self.image.size
-
-    @property
-    def time_ids(self) -> tuple[int, int, int, int, int, int]:
-        """Heights first, as SDXL wants them: original size, top left corner, target size."""
-        return (*self.original_size[::-1], *self.crop_top_left, *self.target_size[::-1])
+    mask: Image.Image  # mode L, 255 = full loss weight
+    original_size: Size  # of the whole image, before it was scaled
+    crop_top_left: tuple[int, int]  # (top, left), pixels of the scaled image
 
 
 def make_buckets(rules: BucketRules) -> tuple[Size, ...]:
-    """The square, and for each length of one side the longest other one that the area allows.
+    """Return the square, and for each length of one side the longest other one of that area.
 
     As make_bucket_resolutions of kohya-ss/sd-scripts (library/model_util.py), but without the sizes
     that it shortens to the longest side: they have less area than the others.
@@ -64,16 +55,8 @@ def make_buckets(rules: BucketRules) -> tuple[Size, ...]:
     return tuple(sorted(buckets))
 
 
-def square_bucket(resolution: int) -> tuple[Size, ...]:
-    """The only size of cog-sdxl (preprocess.py): a square."""
-    return ((resolution, resolution),)
-
-
 def choose_bucket(size: Size, buckets: Sequence[Size]) -> Size:
-    """The nearest in aspect, by its logarithm: a photo and the same on its side fare alike.
-
-    Of equally near ones the larger.
-    """
+    """Return the bucket nearest in the logarithm of its aspect ratio; of equal ones the largest."""
 
     def distance(bucket: Size) -> tuple[float, int]:
         smaller, larger = sorted((size[0] * bucket[1], size[1] * bucket[0]))
@@ -83,82 +66,70 @@ def choose_bucket(size: Size, buckets: Sequence[Size]) -> Size:
 
 
 def is_short(size: Size, bucket: Size) -> bool:
-    """Whether a photo has to be enlarged to cover the bucket: either side is shorter."""
+    """Return whether an image has to be enlarged to cover the bucket."""
     return size[0] < bucket[0] or size[1] < bucket[1]
 
 
-def centre_of_image(size: Size) -> Point:
-    """Where to cut without regard to what is shown."""
-    return size[0] / 2, size[1] / 2
-
-
-def centre_of_mass(mask: Image.Image) -> Point:
-    """Where to cut around what a mask counts (mode L); a mask of nothing has the image's centre."""
+def center_of_mass(mask: Image.Image) -> Point:
+    """Return the center of a mask's weights (mode L); of a black mask, the image's center."""
     weights = np.asarray(mask)  # (H, W), 0..255
     columns, rows = weights.sum(0, dtype=np.float64), weights.sum(1, dtype=np.float64)
     total = columns.sum()
     if total == 0:
-        return centre_of_image(mask.size)
-    x = columns @ (np.arange(len(columns)) + 0.5) / total  # a pixel's centre is half a pixel in
+        return mask.width / 2, mask.height / 2
+    x = columns @ (np.arange(len(columns)) + 0.5) / total  # a pixel's center is half a pixel in
     y = rows @ (np.arange(len(rows)) + 0.5) / total
     return float(x), float(y)
 
 
 def crop(
-    image: Image.Image, mask: Image.Image, bucket: Size, centre: Point, enlarge: Enlarge | None
+    image: Image.Image, mask: Image.Image, bucket: Size, center: Point, upscale: Upscale | None
 ) -> Crop:
-    """Scale a photo and its mask until they cover the bucket, and cut it out around `centre`.
+    """Scale an image and its mask until they cover the bucket, and crop them around `center`.
 
-    Nothing is cut on one of the two axes, and on the other as little as possible.
+    Nothing is cut off on one of the two axes, and on the other as little as possible.
 
     Args:
         image: mode RGB.
         mask: mode L, of the same size.
-        bucket: the size to come out with.
-        centre: in pixels of `image`; where it is too near to an edge, the cut ends at the edge.
-        enlarge: a model for a photo that `is_short`: it gets what is cut out of it, and may enlarge
-            it by any factor. Without one, short photos are enlarged by the resampling alone. What
-            it enlarged counts as enlarged in `original_size`: the model shall not learn a sharp
-            picture as a small one.
+        bucket: the size of the result.
+        center: in pixels of `image`; near an edge, the crop ends at the edge.
+        upscale: a model for an image that `is_short`, of which it gets the cropped part; without
+            one, resampling enlarges it. `original_size` is that of the upscaled image, so that the
+            model does not learn a sharp image as a small one.
     """
-    assert image.size == mask.size, f"a mask of {mask.size} on a picture of {image.size}"
+    assert image.size == mask.size, f"a mask of {mask.size} on an image of {image.size}"
     width, height = image.size
     scale = max(bucket[0] / width, bucket[1] / height)
     scaled = tuple(max(b, round(s * scale)) for b, s in zip(bucket, image.size, strict=True))
     left, top = (
-        min(max(round(c * whole / own - b / 2), 0), whole - b)
-        for c, whole, own, b in zip(centre, scaled, image.size, bucket, strict=True)
+        min(max(round(c * whole / side - b / 2), 0), whole - b)
+        for c, whole, side, b in zip(center, scaled, image.size, bucket, strict=True)
     )
-    x, y = width / scaled[0], height / scaled[1]  # pixels of the photo to one of the scaled one
-    box = (
-        left * x, top * y, min((left + bucket[0]) * x, width), min((top + bucket[1]) * y, height)
-    )  # fmt: skip
-    original = image.size
-    cut = image
-    cut_box = box
-    if enlarge is not None and is_short(image.size, bucket):
-        cut, cut_box, original = _enlarged(image, box, enlarge)
+    x, y = width / scaled[0], height / scaled[1]  # pixels of the image to one of the scaled image
+    right, bottom = min((left + bucket[0]) * x, width), min((top + bucket[1]) * y, height)
+    box = (left * x, top * y, right, bottom)
+    source, source_box, original_size = image, box, image.size
+    if upscale is not None and is_short(image.size, bucket):
+        source, source_box, original_size = _upscaled(image, box, upscale)
     return Crop(
-        cut.resize(bucket, Image.Resampling.LANCZOS, cut_box),
+        source.resize(bucket, Image.Resampling.LANCZOS, source_box),
         mask.resize(bucket, Image.Resampling.BILINEAR, box),  # no overshoot at a mask's edges
-        original,
+        original_size,
         (top, left),
     )
 
 
-Box = tuple[float, float, float, float]
-
-
-def _enlarged(image: Image.Image, box: Box, enlarge: Enlarge) -> tuple[Image.Image, Box, Size]:
-    """The pixels around the box, larger; the box in them; the size of a photo so enlarged."""
-    outer = (
-        math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])
-    )  # fmt: skip
-    part = image.crop(outer)
-    larger = enlarge(part)
-    x, y = larger.width / part.width, larger.height / part.height
+def _upscaled(image: Image.Image, box: Box, upscale: Upscale) -> tuple[Image.Image, Box, Size]:
+    """Return the pixels around the box upscaled, the box in them, and the image's new size."""
+    left, top = math.floor(box[0]), math.floor(box[1])
+    part = image.crop((left, top, math.ceil(box[2]), math.ceil(box[3])))
+    large = upscale(part)
+    x, y = large.width / part.width, large.height / part.height
     inner = (
-        (box[0] - outer[0]) * x, (box[1] - outer[1]) * y,
-        min((box[2] - outer[0]) * x, larger.width), min((box[3] - outer[1]) * y, larger.height),
-    )  # fmt: skip
-    return larger, inner, (round(image.width * x), round(image.height * y))
+        (box[0] - left) * x,
+        (box[1] - top) * y,
+        min((box[2] - left) * x, large.width),
+        min((box[3] - top) * y, large.height),
+    )
+    return large, inner, (round(image.width * x), round(image.height * y))

@@ -1,30 +1,30 @@
-"""What can be wrong with pictures, archives and captions that people send.
+"""What can be wrong with the images, archives and captions of a request or training.
 
     PreprocessError
-    ├── BadPicture          (also a ValueError) a file that is no picture, or one we do not take
-    ├── BadArchive          (also a ValueError) no archive, one that is unsafe, or of too few photos
-    ├── BadCaptions         (also a ValueError) captions that are unreadable or fit no picture
+    ├── BadImage            (also a ValueError) a file that is no image, or one that is not accepted
+    ├── BadArchive          (also a ValueError) no archive, an unsafe one, or one of too few images
+    ├── BadCaptions         (also a ValueError) captions that are unreadable or match no image
     ├── DiskFull            no room to unpack an archive
-    └── ModelMissing        what was asked for takes a model that the edition of the weights lacks
+    └── ModelMissing        the edition of the weights lacks a model
 
-Every message names the input, what is wrong with it and the remedy; nothing stays on the disk.
+Every message names the input, the fault and the remedy; nothing stays on the disk.
 """
 
 
 class PreprocessError(Exception):
-    """What was sent cannot be prepared for a model."""
+    """An input cannot be prepared for a model."""
 
 
-class BadPicture(PreprocessError, ValueError):
-    """A file that holds no picture, a damaged one, or one with too few or too many pixels."""
+class BadImage(PreprocessError, ValueError):
+    """A file that holds no image, a damaged one, or one with too few or too many pixels."""
 
 
 class BadArchive(PreprocessError, ValueError):
-    """A file that is no archive, is damaged, hostile or too large, or holds too few pictures."""
+    """A file that is no archive, is damaged, hostile or too large, or holds too few images."""
 
 
 class BadCaptions(PreprocessError, ValueError):
-    """Captions that cannot be read, belong to no picture, or never say the trigger word."""
+    """Captions that cannot be read, match no image, or never contain the trigger word."""
 
 
 class DiskFull(PreprocessError):
@@ -32,4 +32,4 @@ class DiskFull(PreprocessError):
 
 
 class ModelMissing(PreprocessError):
-    """The edition of the weights has no model for what was asked."""
+    """The edition of the weights lacks the model that a setting needs."""

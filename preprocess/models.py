@@ -1,40 +1,41 @@
-"""One model in memory at a time: loaded for one stage, and gone before the next."""
+"""One model in memory at a time: loaded for one stage, and freed before the next."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from weights.edition import Device
 
-Model = TypeVar("Model", bound=nn.Module)
-
 
 @contextmanager
-def borrowed(load: Callable[[], Model], device: Device) -> Iterator[Model]:
-    """What `load` returns, on the device and only to infer with; its memory is free afterwards.
+def pretrained(cls: Any, folder: Path, device: Device) -> Iterator[Any]:  # noqa: ANN401
+    """Load a model of one of transformers' classes for inference, and free its memory on exit.
 
-    Also after an error or a cancellation, and whoever still holds the model: a traceback does.
+    Also after an error or a cancellation, whose traceback still refers to the model.
     """
-    model = ready(load(), device)
+    model = cls.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+    )
     try:
         with torch.inference_mode():
-            yield model
+            yield ready(model, device)
     finally:
         release(model, device)
 
 
-def ready(model: Model, device: Device) -> Model:
-    """The model on the device, in float32, without dropout and gradients."""
+def ready(model: nn.Module, device: Device) -> nn.Module:
+    """Return the model on the device, in float32, without dropout and gradients."""
     return model.to(device, torch.float32).eval().requires_grad_(False)
 
 
 def release(model: nn.Module, device: Device) -> None:
-    """Give the memory of the model's tensors back; the model is of no use afterwards."""
-    model.to("meta")  # a tensor without data: so references that are left hold nothing
+    """Free the memory of the model's tensors; the model cannot be used afterwards."""
+    model.to("meta")  # tensors without data, so that remaining references hold nothing
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()

@@ -1,42 +1,32 @@
-"""A training's archive of photos → pictures, masks and captions at the sizes to train on.
+"""A training's archive → images, masks and captions at the sizes to train on.
 
-The models of the stages (captions, masks, enlarging) are in memory one after the other, and gone at
-the end. What is wrong with the archive or its captions is said before the first one is loaded.
+The models of the stages (captions, masks, upscaling) are in memory one after the other. Errors in
+the archive or its captions are raised before the first one is loaded.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from preprocess.archive import Photo, PhotoArchive, check_filetype, unpacked
-from preprocess.caption import caption
+from preprocess.blip import caption
 from preprocess.captions import check_trigger_word, read_captions
-from preprocess.crop import (
-    Crop,
-    Enlarge,
-    Size,
-    centre_of_image,
-    centre_of_mass,
-    choose_bucket,
-    crop,
-    is_short,
-)
+from preprocess.crop import Crop, Size, Upscale, center_of_mass, choose_bucket, crop, is_short
 from preprocess.images import read_image
-from preprocess.masks import combine
 from preprocess.segment import face_masks, text_masks
 from preprocess.upscale import FACTOR, Upscaler
 from weights.catalog import Edition
 from weights.edition import Device
 
-LOOK = 768  # pixels: BLIP and CLIPSeg see a photo's longer side at no more, and at less themselves
+THUMBNAIL_SIDE = 768  # pixels of the longer side: BLIP and CLIPSeg see at most that many
 
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """What is done with the photos; named as the inputs of a training."""
+    """How to prepare the images; named as the inputs of a training."""
 
     token_string: str
     caption_prefix: str
@@ -44,13 +34,13 @@ class PrepareSettings:
     clipseg_temperature: float
     use_face_detection_instead: bool
     crop_based_on_salience: bool
-    filetype: str  # infer, zip or tar
-    buckets: tuple[Size, ...]  # (width, height)
+    input_images_filetype: str  # infer, zip or tar
+    buckets: tuple[Size, ...]
 
 
 @dataclass(frozen=True)
-class PreparedPhoto:
-    """One photo as a model trains on it."""
+class PreparedImage:
+    """One image as a model trains on it."""
 
     name: str  # inside the archive
     caption: str  # with the trigger word
@@ -58,7 +48,7 @@ class PreparedPhoto:
 
 
 @dataclass(frozen=True)
-class _Look:
+class _Thumbnail:
     """A photo, small enough for all of them to be in memory."""
 
     photo: Photo
@@ -68,31 +58,26 @@ class _Look:
 
 def prepare(
     path: Path, settings: PrepareSettings, edition: Edition, device: Device, folder: Path
-) -> list[PreparedPhoto]:
-    """Caption, mask and cut out every photo of an archive; it is unpacked into `folder`.
+) -> list[PreparedImage]:
+    """Caption, mask and crop every image of an archive, which is unpacked into `folder`.
 
-    Raises a PreprocessError, or a WeightsError if a model cannot be fetched. Nothing is left in
-    `folder`.
+    Nothing stays in `folder`. Raises a PreprocessError, or a WeightsError if a model cannot be
+    downloaded.
     """
-    check_filetype(path, settings.filetype, "input_images")
+    check_filetype(path, settings.input_images_filetype, "input_images")
     with unpacked(path, "input_images", folder) as archive:
-        captions = read_captions(archive, automatic=True)
+        captions = read_captions(archive)
         check_trigger_word(captions, settings.token_string, settings.caption_prefix)
         return _prepare(archive, captions, settings, edition, device)
 
 
-def prepare_class_images(
-    path: Path, settings: PrepareSettings, folder: Path
-) -> list[PreparedPhoto]:
-    """The same for pictures of a class: all of each counts, and captions are their own or empty."""
+def prepare_class_images(path: Path, buckets: Sequence[Size], folder: Path) -> list[PreparedImage]:
+    """Crop every image of a class to its center, without a mask; captions may be empty."""
     with unpacked(path, "class_images", folder) as archive:
-        captions = read_captions(archive, automatic=True)
-        whole = replace(settings, crop_based_on_salience=False)
+        captions = read_captions(archive)
         return [
-            PreparedPhoto(
-                photo.name,
-                captions[photo.name] or "",
-                _cut(photo, Image.new("L", photo.size, 255), whole, None),
+            PreparedImage(
+                photo.name, captions[photo.name] or "", _crop_to_bucket(photo, None, buckets, None)
             )
             for photo in archive.photos
         ]
@@ -104,85 +89,88 @@ def _prepare(
     settings: PrepareSettings,
     edition: Edition,
     device: Device,
-) -> list[PreparedPhoto]:
-    looks = [_look(photo) for photo in archive.photos]
-    described = _describe(looks, captions, settings, edition, device)
-    masks = _masks(looks, settings, edition, device)
-    with _enlarger(looks, settings, edition, device) as enlarge:
-        crops = [
-            _cut(look.photo, mask, settings, enlarge)
-            for look, mask in zip(looks, masks, strict=True)
-        ]
-    return [
-        PreparedPhoto(look.photo.name, text, cut)
-        for look, text, cut in zip(looks, described, crops, strict=True)
-    ]
-
-
-def _look(photo: Photo) -> _Look:
-    source = read_image(photo.path, photo.label)
-    size = source.rgb.size
-    if max(size) > LOOK:
-        scale = LOOK / max(size)
-        size = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
-    rgb = source.rgb.resize(size, Image.Resampling.LANCZOS)
-    alpha = source.alpha and source.alpha.resize(size, Image.Resampling.BILINEAR)
-    return _Look(photo, rgb, alpha)
-
-
-def _describe(
-    looks: Sequence[_Look],
-    captions: dict[str, str | None],
-    settings: PrepareSettings,
-    edition: Edition,
-    device: Device,
-) -> list[str]:
-    """People's captions as they are; for the other photos the prefix and what BLIP sees."""
-    without = [look for look in looks if captions[look.photo.name] is None]
-    automatic = caption([look.rgb for look in without], edition, device)
+) -> list[PreparedImage]:
+    thumbnails = [_thumbnail(photo) for photo in archive.photos]
+    uncaptioned = [t for t in thumbnails if captions[t.photo.name] is None]
+    automatic = caption([t.rgb for t in uncaptioned], edition, device)
     prefix = " ".join(settings.caption_prefix.split())
-    written = {
-        look.photo.name: f"{prefix} {text}" for look, text in zip(without, automatic, strict=True)
-    }
-    return [captions[look.photo.name] or written[look.photo.name] for look in looks]
+    texts = {name: text for name, text in captions.items() if text is not None}
+    texts |= {t.photo.name: f"{prefix} {a}" for t, a in zip(uncaptioned, automatic, strict=True)}
+    masks = _masks(thumbnails, settings, edition, device)
+    with _upscaler(archive.photos, settings.buckets, edition, device) as upscale:
+        return [
+            PreparedImage(
+                photo.name,
+                texts[photo.name],
+                _crop_to_bucket(
+                    photo,
+                    mask,
+                    settings.buckets,
+                    upscale,
+                    around_mask=settings.crop_based_on_salience,
+                ),
+            )
+            for photo, mask in zip(archive.photos, masks, strict=True)
+        ]
+
+
+def _thumbnail(photo: Photo) -> _Thumbnail:
+    image = read_image(photo.path, photo.label)
+    scale = min(1.0, THUMBNAIL_SIDE / max(image.rgb.size))
+    size = (max(1, round(image.rgb.width * scale)), max(1, round(image.rgb.height * scale)))
+    rgb = image.rgb.resize(size, Image.Resampling.LANCZOS)
+    alpha = image.alpha and image.alpha.resize(size, Image.Resampling.BILINEAR)
+    return _Thumbnail(photo, rgb, alpha)
 
 
 def _masks(
-    looks: Sequence[_Look], settings: PrepareSettings, edition: Edition, device: Device
+    thumbnails: Sequence[_Thumbnail], settings: PrepareSettings, edition: Edition, device: Device
 ) -> list[Image.Image]:
-    """What counts in each photo, at the look's size: its alpha, and what is asked for by text."""
-    images = [look.rgb for look in looks]
-    found: Sequence[Image.Image | None] = [None] * len(looks)
+    """Return masks of the thumbnails' sizes: of alpha and of what the settings focus on."""
+    images = [thumbnail.rgb for thumbnail in thumbnails]
+    found: Sequence[Image.Image | None] = [None] * len(images)
     if settings.use_face_detection_instead:
-        found = face_masks(images, edition, device)
+        found = face_masks(images, edition)
     elif settings.mask_target_prompts.strip():
         temperature = settings.clipseg_temperature
         found = text_masks(images, settings.mask_target_prompts, temperature, edition, device)
     return [
-        combine(look.rgb.size, [look.alpha, mask]) for look, mask in zip(looks, found, strict=True)
+        combine_masks(t.rgb.size, [t.alpha, mask])
+        for t, mask in zip(thumbnails, found, strict=True)
     ]
 
 
+def combine_masks(size: Size, masks: Sequence[Image.Image | None]) -> Image.Image:
+    """Return the product of masks (mode L) of this size; None is white."""
+    product = Image.new("L", size, 255)
+    for mask in masks:
+        if mask is not None:
+            product = ImageChops.multiply(product, mask)
+    return product
+
+
 @contextmanager
-def _enlarger(
-    looks: Sequence[_Look], settings: PrepareSettings, edition: Edition, device: Device
-) -> Iterator[Enlarge | None]:
-    """SwinIR, if any photo needs it."""
-    sizes = [look.photo.size for look in looks]
-    if not any(is_short(size, choose_bucket(size, settings.buckets)) for size in sizes):
+def _upscaler(
+    photos: Sequence[Photo], buckets: Sequence[Size], edition: Edition, device: Device
+) -> Iterator[Upscale | None]:
+    """Load SwinIR if an image is too small."""
+    if not any(is_short(photo.size, choose_bucket(photo.size, buckets)) for photo in photos):
         yield None
         return
     with Upscaler(edition, device) as upscaler:
         yield lambda image: upscaler.upscale(image, FACTOR)
 
 
-def _cut(
+def _crop_to_bucket(
     photo: Photo,
-    mask: Image.Image,
-    settings: PrepareSettings,
-    enlarge: Enlarge | None,
+    mask: Image.Image | None,
+    buckets: Sequence[Size],
+    upscale: Upscale | None,
+    around_mask: bool = False,
 ) -> Crop:
     image = read_image(photo.path, photo.label).rgb
+    if mask is None:
+        mask = Image.new("L", image.size, 255)
     mask = mask.resize(image.size, Image.Resampling.BILINEAR)
-    centre = centre_of_mass(mask) if settings.crop_based_on_salience else centre_of_image(mask.size)
-    return crop(image, mask, choose_bucket(image.size, settings.buckets), centre, enlarge)
+    center = center_of_mass(mask) if around_mask else (image.width / 2, image.height / 2)
+    return crop(image, mask, choose_bucket(image.size, buckets), center, upscale)

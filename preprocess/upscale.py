@@ -1,18 +1,17 @@
-"""Pictures → pictures of four times the side, by SwinIR or Real-ESRGAN.
+"""Images upscaled to four times the side, by SwinIR or Real-ESRGAN.
 
-arXiv:2108.10257 and arXiv:2107.10833; both published models learnt on photos in bad condition.
+arXiv:2108.10257 and arXiv:2107.10833; both published models were trained on degraded photos.
 
-A large picture goes through the model in tiles that overlap and are blended, so that memory is
+A large image goes through the model in overlapping tiles that are blended, so that memory is
 bounded: from 1024x1024 to 4096x4096 the real SwinIR took 1.3 GB more on a CPU (docs/benchmarks.md;
 4.3 GB were published for 512x512 in one piece, and it grows with the area). Of that, the result
-takes 200 MB in float32 and 50 MB as a picture. What is padded is cut off again; cog-sdxl's Swin2SR
-leaves a mirrored strip at the right and the bottom.
+takes 200 MB in float32 and 50 MB as an image. Padding is cropped again; cog-sdxl's Swin2SR leaves a
+mirrored strip at the right and the bottom.
 """
 
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from preprocess.errors import BadPicture
+from preprocess.errors import BadImage
 from preprocess.images import MAX_IMAGE_PIXELS
 from preprocess.models import ready, release
 from weights import cache
@@ -31,61 +30,58 @@ from weights.edition import Device
 FACTOR = 4
 SWINIR, REAL_ESRGAN = "swinir-x4", "real-esrgan-x4"  # in the catalog
 WINDOW = 8  # pixels: SwinIR's attention windows; tiles begin at multiples of it
-BORDER = 8  # mirrored pixels around a picture: convolutions see black beyond what they are given
-TILE, OVERLAP = 256 + 2 * BORDER, 32  # pixels of the picture that comes in, multiples of WINDOW
+BORDER = 8  # mirrored pixels around an image, beyond which convolutions see black
+TILE, OVERLAP = 256 + 2 * BORDER, 32  # pixels of the source, multiples of WINDOW
 
 Array = NDArray[np.float32]
 Run = Callable[[Array], Array]  # (H, W, 3) → (4 H, 4 W, 3), both in [0, 1]
 
 
 class Upscaler:
-    """One of the models in memory: use it in a `with` statement, or `close` it."""
+    """One of the models in memory; use it in a `with` statement, or `close` it."""
 
     def __init__(self, edition: Edition, device: Device, name: str = SWINIR) -> None:
-        """Load the edition's model of that name; raises WeightsError if it cannot be fetched."""
+        """Load the edition's model of that name. Raises WeightsError if it cannot be downloaded."""
         self._device = device
         self._model = ready(_load(cache.ensure(name, edition)), device)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Free the model's memory; nothing can be upscaled afterwards."""
+        """Free the model's memory; the upscaler cannot be used afterwards."""
         release(self._model, self._device)
 
     def upscale(self, image: Image.Image, factor: float) -> Image.Image:
-        """The picture `factor` times as wide and high, mode RGB.
+        """Return the image `factor` times as wide and high, mode RGB.
 
         Args:
             image: mode RGB, of any size.
-            factor: above 1, at most 4. The model always makes four times the side; for less, its
-                result is scaled down (Lanczos).
+            factor: above 1, at most 4. The model always quadruples sides; for less, its result is
+                scaled down (Lanczos).
 
         Raises:
-            BadPicture: if four times the side has more pixels than pictures may have.
+            BadImage: if an image of four times the side has too many pixels.
         """
         assert 1 < factor <= FACTOR, f"factor {factor} is not in (1, {FACTOR}]"
         width, height = image.size
         pixels = width * height * FACTOR**2
         if pixels > MAX_IMAGE_PIXELS:
-            raise BadPicture(
-                f"a picture of {width}x{height} is too large to upscale: it would have {pixels}"
+            raise BadImage(
+                f"an image of {width}x{height} is too large to upscale: it would have {pixels}"
                 f" pixels, and {MAX_IMAGE_PIXELS} are allowed; send a smaller one"
             )
         unit = np.asarray(image.convert("RGB")).astype(np.float32) / np.float32(255)
         with torch.inference_mode():
             large = enlarge(unit, self._run, TILE, OVERLAP)
-        picture = Image.fromarray(_to_eight_bits(large))
+        upscaled = Image.fromarray(_to_eight_bits(large))
         size = (round(width * factor), round(height * factor))
-        return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
+        if size == upscaled.size:
+            return upscaled
+        return upscaled.resize(size, Image.Resampling.LANCZOS)
 
     def _run(self, tile: Array) -> Array:
         pixels = torch.from_numpy(tile).permute(2, 0, 1)[None].to(self._device)
@@ -94,10 +90,10 @@ class Upscaler:
 
 
 def enlarge(pixels: Array, run: Run, tile: int, overlap: int) -> Array:
-    """`run` over the whole picture, tile by tile: (H, W, 3) → (4 H, 4 W, 3).
+    """Run the model over the whole image, tile by tile: (H, W, 3) → (4 H, 4 W, 3).
 
-    In the outer quarter of an overlap, where a tile knows least of its surroundings, its neighbour
-    counts alone; over the half behind, the two are blended.
+    In the outer quarter of an overlap, where a tile has the least context, its neighbor is used
+    alone; in the half behind it, the two are blended.
     """
     height, width = pixels.shape[:2]
     padding = [(BORDER, BORDER + -side % WINDOW) for side in (height, width)]
@@ -114,9 +110,9 @@ def enlarge(pixels: Array, run: Run, tile: int, overlap: int) -> Array:
 
 
 def _tiles(side: int, tile: int, overlap: int) -> list[tuple[int, Array]]:
-    """Each tile's first pixel, and its weight at every pixel that comes out, along one axis.
+    """Return each tile's first pixel and its weight at every upscaled pixel, along one axis.
 
-    As few tiles as go, all of one length: full ones would cover much of the last one's part twice.
+    As few tiles as possible, of equal length: full ones would cover much of the last one twice.
     """
     count = max(1, math.ceil((side - overlap) / (tile - overlap)))
     length = math.ceil((side + (count - 1) * overlap) / count / WINDOW) * WINDOW
@@ -136,7 +132,7 @@ def _tiles(side: int, tile: int, overlap: int) -> list[tuple[int, Array]]:
 
 
 def _to_eight_bits(pixels: Array) -> NDArray[np.uint8]:
-    """[0, 1] to 0..255, in place but for the result."""
+    """Convert [0, 1] to 0..255, in place but for the result."""
     np.clip(pixels, 0, 1, out=pixels)
     pixels *= 255
     pixels += 0.5
@@ -144,18 +140,18 @@ def _to_eight_bits(pixels: Array) -> NDArray[np.uint8]:
 
 
 def _load(folder: Path) -> nn.Module:
-    """The one model file in the folder, as the architecture that its tensors' names tell."""
+    """Load the one model file in the folder, whose tensors' names identify the architecture."""
     from spandrel import MAIN_REGISTRY, canonicalize_state_dict
 
     (path,) = (p for p in folder.iterdir() if p.suffix in (".safetensors", ".pth"))
     described = MAIN_REGISTRY.load(canonicalize_state_dict(_read(path)))
-    assert described.scale == FACTOR, f"{path} makes {described.scale} times the side"
+    assert described.scale == FACTOR, f"{path} upscales by {described.scale}"
     model: nn.Module = described.model
     return model
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors in a file of the catalog, which has passed its hash."""
+    """Read the tensors of a file of the catalog, which has passed its hash."""
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 

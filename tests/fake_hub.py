@@ -1,9 +1,10 @@
 """A server on this machine that speaks the hub's protocol and misbehaves on demand.
 
-It answers `/api/models/{repo}/revision/{revision}` and `/{repo}/resolve/{revision}/{file}` as the
-hub does: large files (here *.safetensors) are LFS files with a sha256 and are redirected to another
-host name, small ones have a git blob id and are served in place. Everything below `/plain/` is an
-ordinary web server: the mirror and the addresses of single files.
+It answers `/api/models/{repo}/revision/{revision}`, `/api/models/{repo}/tree/{revision}` and
+`/{repo}/resolve/{revision}/{file}` as the hub does: large files (here *.safetensors) are LFS files
+with a sha256 and are redirected to another host name, small ones have a git blob id and are served
+in place. Everything below `/plain/` is an ordinary web server: the mirror and the addresses of
+single files. Misbehaviour is for GET alone: clients ask for metadata with HEAD first.
 """
 
 import hashlib
@@ -15,13 +16,13 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 from tests.background_server import serving
 from weights import lock, retry
@@ -132,7 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
         return token is not None and self.headers.get("Authorization") != f"Bearer {token}"
 
     def _answer_api(self, rest: str) -> None:
-        repo, _, revision = rest.partition("/revision/")
+        kind = "tree" if "/tree/" in rest else "revision"
+        repo, _, revision = rest.partition(f"/{kind}/")
         with self.hub.lock:
             self.hub.api_requests.append(rest)
             bad = self.hub.api_misbehave.pop(0) if self.hub.api_misbehave else None
@@ -144,6 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(404, (("X-Error-Code", "RepoNotFound"),))
         if revision not in ("main", COMMIT):
             return self._send(404, (("X-Error-Code", "RevisionNotFound"),))
+        if kind == "tree":
+            return self._answer_tree(repo)
         siblings = []
         for file, content in self.hub.repos[repo].items():
             sibling = {"rfilename": file, "size": len(content), "blobId": git_blob_id(content)}
@@ -152,6 +156,18 @@ class _Handler(BaseHTTPRequestHandler):
                 sibling["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 134}
             siblings.append(sibling)
         body = json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode()
+        return self._send(200, (("Content-Type", "application/json"),), body)
+
+    def _answer_tree(self, repo: str) -> None:
+        entries = []
+        for file, content in self.hub.repos[repo].items():
+            entry = {"type": "file", "path": file, "size": len(content)}
+            entry["oid"] = git_blob_id(content)
+            if is_lfs(file):
+                oid = hashlib.sha256(content).hexdigest()
+                entry["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 134}
+            entries.append(entry)
+        body = json.dumps(entries).encode()
         return self._send(200, (("Content-Type", "application/json"),), body)
 
     def _redirect(self, repo: str, file: str, content: bytes) -> None:
@@ -167,6 +183,8 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def _answer_file(self, file: str, content: bytes | None, with_body: bool) -> None:
+        if not with_body:  # the request for metadata before the one for content
+            return self._describe(file, content)
         with self.hub.lock:
             planned = self.hub.misbehave[file]
             bad = planned.pop(0) if planned else Misbehaviour()
@@ -190,8 +208,6 @@ class _Handler(BaseHTTPRequestHandler):
             status, body = 206, total[start:]
             headers.append(("Content-Range", f"bytes {start}-{len(total) - 1}/{len(total)}"))
         self._send(status, tuple(headers), body, send_body=False)
-        if not with_body:
-            return None
         body = body if bad.cut_after is None else body[: bad.cut_after]
         # Recorded before the client can see the end and look here.
         self._record(file, status, len(body))
@@ -203,6 +219,12 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:  # the client was killed
             pass
         return None
+
+    def _describe(self, file: str, content: bytes | None) -> None:
+        if content is None:
+            return self._send(404, (("X-Error-Code", "EntryNotFound"),))
+        headers = (("ETag", f'"{git_blob_id(content)}"'), ("X-Repo-Commit", COMMIT))
+        return self._send(200, headers, content, send_body=False)
 
     def _range_start(self) -> int:
         value = self.headers.get("Range", "")
@@ -251,6 +273,7 @@ def running_hub() -> Iterator[FakeHub]:
 
 # --- two catalog entries that live on it, and what a test of them needs ---------------------------
 
+CHUNK_BYTES = 10_000  # huggingface_hub writes so much at once, and resumes there
 TOY_REPO = "acme/toy"
 BIG = "unet/diffusion_pytorch_model.safetensors"
 TOY_FILES: dict[str, bytes] = {
@@ -293,7 +316,7 @@ class Workplace:
     hub: FakeHub
     cache: Path
     lock_path: Path
-    waits_s: list[float]  # what the downloader would have slept
+    waits_s: list[float]  # between our tries; huggingface_hub's own waits are left out
 
     def environment(self) -> dict[str, str]:
         """For a process of its own."""
@@ -322,7 +345,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workp
         use_endpoint(monkeypatch, hub.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setattr(retry, "RETRY", replace(retry.RETRY, sleep=here.waits_s.append))
+        monkeypatch.setattr(retry, "sleep", here.waits_s.append)
+        monkeypatch.setattr(file_download.time, "sleep", lambda _: None)
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK_BYTES)
         monkeypatch.setenv("WEIGHTS_CACHE", str(here.cache))
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WEIGHTS_MIRROR", "WEIGHTS_EDITION"):
@@ -333,5 +358,6 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workp
 if __name__ == "__main__":  # a process of its own, for tests that race or kill one
     from weights.cache import ensure
 
+    constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES
     CATALOG[Edition.FULL][TOY.name] = TOY
     sys.stdout.write(str(ensure(TOY.name, Edition.FULL)))

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -23,8 +23,7 @@ from huggingface_hub import constants
 from tests import fake_names
 from tests.background_server import serving
 from weights import retry
-from weights.user import cache as trained_cache
-from weights.user import ssrf_guard as addresses
+from weights.user import cache, ssrf_guard
 
 PUBLIC = "93.184.216.34"
 OTHER_PUBLIC = "2606:2800:220:1::1"
@@ -246,27 +245,27 @@ def web(certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         yield web
 
 
-def use_own_cache(cache: Path, waits_s: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def use_own_cache(folder: Path, waits_s: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty cache, no settings of whoever runs the tests, no waiting between tries."""
-    monkeypatch.setenv("WEIGHTS_CACHE", str(cache))
+    monkeypatch.setenv("WEIGHTS_CACHE", str(folder))
     for name in ("WEIGHTS_ALLOW_HOSTS", "WEIGHTS_CACHE_BYTES", "WEIGHTS_MIRROR", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    impatient = replace(retry.FOR_PEOPLE, sleep=waits_s.append)
-    monkeypatch.setattr(retry, "FOR_PEOPLE", impatient)
-    monkeypatch.setattr(trained_cache, "_verified", {})
+    monkeypatch.setattr(retry, "sleep", waits_s.append)
+    monkeypatch.setattr(cache, "_verified", {})
 
 
 def _use_names(web: FakeWeb, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names and addresses are the fake web's; only the lookup and the connection are replaced."""
     lookup = fake_names.lookup(web.dns, web.lookups.append)
     connect = fake_names.connect(web.dns, web.routes, web.connected.append)
-    monkeypatch.setattr(addresses.socket, "getaddrinfo", lookup)
-    monkeypatch.setattr(addresses.socket, "create_connection", connect)
+    monkeypatch.setattr(ssrf_guard.socket, "getaddrinfo", lookup)
+    monkeypatch.setattr(ssrf_guard.socket, "create_connection", connect)
 
 
 if __name__ == "__main__":  # a process of its own, for tests that race or kill one
-    from weights.user.fetch import Tokens, fetch, parse_source
+    from weights.user.fetch import fetch
+    from weights.user.parse import Tokens, parse_source
 
     with fetch(parse_source(sys.argv[1], "lora_weights"), Tokens(None, None)) as file:
         sys.stdout.write(str(file.path))

@@ -1,4 +1,4 @@
-"""Odd and broken picture files, made here so that none lies in the repository."""
+"""Odd and broken image files, made here so that none lies in the repository."""
 
 import io
 import mimetypes
@@ -24,7 +24,7 @@ pillow_heif.register_heif_opener()
 
 @dataclass(frozen=True)
 class Sample:
-    """A file and what comes of it: a picture, or an error with `error` in its message."""
+    """A file and what comes of it: an image, or an error with `error` in its message."""
 
     name: str
     file_name: str
@@ -256,7 +256,7 @@ def _profiles() -> Iterator[Sample]:
 
 
 def _no_pictures() -> Iterator[Sample]:
-    unreadable = "not a picture that can be read"
+    unreadable = "not an image that can be read"
     noise = np.random.default_rng(1).bytes(1000)
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n"
     svg = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
@@ -279,7 +279,7 @@ def _no_pictures() -> Iterator[Sample]:
 
 
 def _damaged() -> Iterator[Sample]:
-    damaged = "is a damaged picture"
+    damaged = "is a damaged image"
     random = np.random.default_rng(2).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
     noisy = Image.fromarray(random)
     for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "QOI", "HEIF"):

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from tests.fake_hub import COMMIT
 from tests.fake_web import Page
 from tests.helpers.user_weight_fixtures import data_uri
-from tests.hostile_files import ARCHIVES, CONTAINERS, HEADERS, LORA, UNFIT, with_pax, with_size
+from tests.hostile_files import ARCHIVES, CONTAINERS, HEADERS, LORA, UNFIT, with_size
 from tests.hostile_references import BAD_ANSWERS, BAD_PLACES, REFERENCES, WITH_BLANKS
 from tests.server.internet import INNER_NAMES, hub_pages
 from tests.trained_files import (
     cog_members,
     gz_bytes,
     tar_bytes,
+    tar_info,
     zip_bytes,
 )
 from weights.formats.safetensors_checks import MAX_HEADER_BYTES
@@ -63,8 +64,11 @@ def _header_of(length: int) -> bytes:
 
 
 def _sparse() -> bytes:
-    sizes = {"GNU__sparse__minor": "0", "GNU__sparse__realsize": str(TEN_GB)}
-    return with_pax("lora.safetensors", GNU__sparse__major="1", **sizes)
+    content = b"1\n0\n0\n".ljust(512, b"\0")  # one piece of no bytes
+    fields = {"major": "1", "minor": "0", "realsize": str(TEN_GB)}
+    headers = {f"GNU.sparse.{key}": value for key, value in fields.items()}
+    info = tar_info("lora.safetensors", size=len(content), pax_headers=headers)
+    return tar_bytes([(info, content)])
 
 
 _BOMB = gz_bytes(tar_bytes({"x.txt": bytes(BOMB_BYTES)}))
@@ -154,7 +158,7 @@ def _hub() -> Iterator[Case]:
         ("gated", "acme/gated", "give an hf_api_token", {api.format("acme/gated"): gated}),
         ("web page", "acme/page", "check HF_ENDPOINT", {api.format("acme/page"): page}),
         ("false hash", "acme/false", "git-sha1 .* are expected", false),
-        ("pickles alone", "acme/pickles", "archives: none", pickles),
+        ("pickles alone", "acme/pickles", "archives: nothing at all", pickles),
         ("several files", "acme/several", "name one as acme/several:file", several),
         ("no such file", "acme/several:c.tar", "c.tar is not in", several),
     ):

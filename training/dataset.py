@@ -6,6 +6,7 @@ state has to be saved to resume a training, and a batch is the same however many
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,6 +38,19 @@ class Example:
     original_size: tuple[int, int]  # (height, width) before scaling and cropping
     crop_top_left: tuple[int, int]  # (y, x)
 
+    def __post_init__(self) -> None:
+        width, height = self.image.size
+        assert width % SIDE_MULTIPLE == height % SIDE_MULTIPLE == 0, (
+            f"{self.name}: {width}x{height}"
+        )
+        assert (self.image.mode, self.mask.mode) == ("RGB", "L"), self.name
+        assert self.mask.size == self.image.size, f"{self.name}: its mask is {self.mask.size}"
+
+    @property
+    def time_ids(self) -> tuple[int, ...]:
+        """SDXL's size conditioning: original height and width, crop top and left, final size."""
+        return (*self.original_size, *self.crop_top_left, self.image.height, self.image.width)
+
 
 @dataclass(frozen=True)
 class LatentView:
@@ -52,7 +66,7 @@ class CachedExample:
     """An example after the VAE, which runs only once."""
 
     views: tuple[LatentView, ...]
-    time_ids: Tensor  # (6,): original height and width, crop top and left, height and width
+    time_ids: Tensor  # (6,)
     caption: str
 
     @property
@@ -78,27 +92,6 @@ def generator(seed: int, kind: int, *place: int) -> torch.Generator:
     """Return the random stream of one place, independent of those of other places."""
     state = np.random.SeedSequence((seed, kind, *place)).generate_state(1, np.uint64)
     return torch.Generator("cpu").manual_seed(int(state[0]))
-
-
-def check_examples(examples: Sequence[Example], label: str) -> None:
-    """Raise InvalidTraining for an image or mask that cannot be trained on."""
-    for example in examples:
-        width, height = example.image.size
-        if example.image.mode != "RGB" or example.mask.mode != "L":
-            raise InvalidTraining(
-                f"{label} {example.name!r}: image and mask have modes {example.image.mode} and"
-                f" {example.mask.mode}; they must be RGB and L"
-            )
-        if example.mask.size != example.image.size:
-            raise InvalidTraining(
-                f"{label} {example.name!r}: its mask is {example.mask.size} pixels and its image"
-                f" {example.image.size}; make them equal"
-            )
-        if width % SIDE_MULTIPLE or height % SIDE_MULTIPLE:
-            raise InvalidTraining(
-                f"{label} {example.name!r} is {width}x{height} pixels; both sides must be"
-                f" multiples of {SIDE_MULTIPLE}"
-            )
 
 
 def check_captions(examples: Sequence[Example], plan: TrainPlan) -> None:
@@ -128,12 +121,9 @@ def encode(vae: AutoencoderKL, examples: Sequence[Example], flip: bool) -> list[
         pairs = [(example.image, example.mask)]
         if flip:
             pairs.append((ImageOps.mirror(example.image), ImageOps.mirror(example.mask)))
-        width, height = example.image.size
-        time_ids = (*example.original_size, *example.crop_top_left, height, width)
         views = tuple(_encode_view(vae, image, mask) for image, mask in pairs)
-        encoded.append(
-            CachedExample(views, torch.tensor(time_ids, dtype=torch.float32), example.caption)
-        )
+        time_ids = torch.tensor(example.time_ids, dtype=torch.float32)
+        encoded.append(CachedExample(views, time_ids, example.caption))
     return encoded
 
 
@@ -182,40 +172,76 @@ class BucketBatchSampler:
 
 
 @dataclass(frozen=True)
-class BatchSlots:
-    """Which part of a step's images a batch is; slots count on over accumulated batches."""
+class NoiseSettings:
+    """What batches need to know of a base model."""
 
-    kind: int  # of the draws
-    step: int
-    slots: range  # of this batch, or of this process's share of it
-    total: int  # of the step
+    latent_scale: float  # what the VAE's latents are multiplied by for the UNet
+    n_timesteps: int  # noise levels that the UNet was trained at
 
 
 def sample_batch(
     items: Sequence[CachedExample],
-    where: BatchSlots,
+    kind: int,
+    step: int,
+    slots: range,
+    n_slots: int,
     plan: TrainPlan,
-    latent_scale: float,
-    n_timesteps: int,
+    noise: NoiseSettings,
 ) -> Batch:
-    """Sample latents, noise and timesteps for one item per slot."""
+    """Sample latents, noise and timesteps for the items, which fill `slots` of a step's `n_slots`.
+
+    Slots count on over accumulated batches, and over the processes that share a batch. `kind` is
+    that of the draws.
+    """
     rows = [
-        _sample_row(item, generator(plan.seed, where.kind, where.step, slot), plan)
-        for slot, item in zip(where.slots, items, strict=True)
+        _sample_row(item, generator(plan.seed, kind, step, slot), plan)
+        for slot, item in zip(slots, items, strict=True)
     ]
     # Stratified: each slot has its own stretch of the timesteps, so a step covers all of them.
     timesteps = [
-        int((slot + row.timestep) / where.total * n_timesteps)
-        for slot, row in zip(where.slots, rows, strict=True)
+        int((slot + row.timestep) / n_slots * noise.n_timesteps)
+        for slot, row in zip(slots, rows, strict=True)
     ]
     return Batch(
-        torch.stack([row.latents for row in rows]) * latent_scale,
+        torch.stack([row.latents for row in rows]) * noise.latent_scale,
         torch.stack([row.noise for row in rows]),
         torch.tensor(timesteps),
         torch.stack([row.mask for row in rows]),
         torch.stack([item.time_ids for item in items]),
         [row.caption for row in rows],
     )
+
+
+def step_batches(
+    items: Sequence[CachedExample],
+    kind: int,
+    first_step: int,
+    plan: TrainPlan,
+    noise: NoiseSettings,
+    process: int = 0,
+    n_processes: int = 1,
+) -> Iterator[list[Batch]]:
+    """Yield this process's share of each step's batches from `first_step` on; [] without items."""
+    accumulated, size = plan.gradient_accumulation_steps, plan.train_batch_size
+    batches = iter(BucketBatchSampler([item.size for item in items], size, plan.seed))
+    share = size // n_processes
+    for step in itertools.count():
+        indices = list(itertools.islice(batches, accumulated)) if items else []
+        if step < first_step:
+            continue
+        starts = [number * size + process * share for number in range(len(indices))]
+        yield [
+            sample_batch(
+                [items[i] for i in batch[process * share : (process + 1) * share]],
+                kind,
+                step,
+                range(start, start + share),
+                size * accumulated,
+                plan,
+                noise,
+            )
+            for start, batch in zip(starts, indices, strict=True)
+        ]
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,27 @@
 """What can go wrong in a training.
 
     TrainingError
-    ├── InvalidTraining     (also a ValueError) a rule is broken; nothing was loaded or changed
+    ├── InvalidTraining     (also a ValueError) a broken rule; nothing was loaded or changed
     ├── WrongCheckpoint     the work folder holds checkpoints of another training
-    ├── MissingOptimizer    the optimizer asked for cannot run here
+    ├── MissingOptimizer    the optimizer cannot run here
     ├── MissingCompiler     there is no compiler for compile_unet
-    ├── Diverged            the loss is no number any more
-    └── DiskFull            no room for a checkpoint or for what was learnt
+    ├── Diverged            the loss is not finite
+    └── DiskFull            no room for a checkpoint or for the trained weights
 
 Every message names the value, the rule and the remedy.
 """
 
 
 class TrainingError(Exception):
-    """The training could not be done."""
+    """The training failed."""
 
 
 class InvalidTraining(TrainingError, ValueError):
-    """A setting, an example, or a combination of them, that a training may not have."""
+    """An input, or a combination of inputs or examples, that breaks a rule."""
 
 
 class WrongCheckpoint(TrainingError):
-    """A checkpoint that this training cannot continue from."""
+    """A checkpoint that this training cannot resume from."""
 
 
 class MissingOptimizer(TrainingError):
@@ -37,4 +37,4 @@ class Diverged(TrainingError):
 
 
 class DiskFull(TrainingError):
-    """A checkpoint, or what was learnt, does not fit on the disk."""
+    """A checkpoint, or the trained weights, do not fit on the disk."""

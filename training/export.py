@@ -1,4 +1,4 @@
-"""What was learnt → files."""
+"""Trained weights → files."""
 
 import json
 import tempfile
@@ -13,7 +13,7 @@ from training.errors import DiskFull
 from training.loop import Trained
 from training.model import TrainableModel
 from training.plan import TrainPlan
-from weights.formats import write as trained_export
+from weights.formats import write as formats
 from weights.formats.read import POOLING_HEADER_KEY
 from weights.formats.types import ModelShapes
 from weights.messages import disk_full_raises
@@ -28,8 +28,8 @@ _IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 class ExportedFiles:
     """Where the files are."""
 
-    archive: Path  # what predictions take
-    exchange: tuple[Path, ...]  # what other programs take
+    archive: Path  # for predictions
+    exchange: tuple[Path, ...]  # for other programs
 
 
 def write(
@@ -39,18 +39,32 @@ def write(
     folder: Path,
     report: str | None = None,
 ) -> ExportedFiles:
-    """Write the archive, and what other programs read if the plan says so, into `folder`.
+    """Write the archive, and with exchange_files the files for other programs, into `folder`.
 
-    `report` is an HTML page that travels in the archive. Raises DiskFull; nothing is left then.
+    `report` is an HTML page for the archive. Raises DiskFull; no file stays then.
     """
-    with disk_full_raises(lambda: _disk_full(folder)):
-        return _write(trained, model, n_images, folder, report)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        disk_full_raises(lambda: _disk_full(folder)),
+        tempfile.TemporaryDirectory(dir=folder, prefix=".archive-") as name,
+    ):
+        partial = Path(name)
+        lora_metadata = _lora_metadata(trained, model, n_images)
+        archive = _write_archive(trained, model, partial, lora_metadata, report)
+        exchange = []
+        if trained.plan.exchange_files:
+            exchange = _write_exchange(trained, model, partial, lora_metadata)
+        # Each file has its name only once it is complete.
+        return ExportedFiles(
+            archive.replace(folder / ARCHIVE),
+            tuple(path.replace(folder / path.name) for path in exchange),
+        )
 
 
 def bundle(files: ExportedFiles, folder: Path) -> Path | None:
-    """What other programs take, in one zip, without packing what does not shrink.
+    """Write the files for other programs into one zip, uncompressed; None if there are none.
 
-    None if there is nothing. Raises DiskFull.
+    Raises DiskFull.
     """
     if not files.exchange:
         return None
@@ -63,86 +77,67 @@ def bundle(files: ExportedFiles, folder: Path) -> Path | None:
 
 def _disk_full(folder: Path) -> DiskFull:
     return DiskFull(
-        f"what was learnt does not fit into {folder}: the disk is full; free some room there and"
+        f"the trained weights do not fit into {folder}: the disk is full; free some room there and"
         " start again, with checkpointing_steps, so that little has to be done twice"
     )
 
 
-def _write(
+def _write_archive(
     trained: Trained,
     model: TrainableModel,
-    n_images: int,
     folder: Path,
+    lora_metadata: dict[str, str],
     report: str | None,
-) -> ExportedFiles:
-    folder.mkdir(parents=True, exist_ok=True)
-    shapes = ModelShapes.of(model.components.adaptable())
+) -> Path:
     weights, plan = trained.weights, trained.plan
-    header = {POOLING_HEADER_KEY: str(weights.pooling)}
-    lora_header = header | _lora_header(trained, model, n_images)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".archive-") as aside:
-        parts = Path(aside)
-        embeddings = parts / "embeddings.pti"
-        main = parts / "lora.safetensors"
-        if plan.method is Method.FULL:
-            main = parts / "unet.safetensors"
-            trained_export.write_safetensors(main, trained_export.replaced_unet(weights), header)
-        elif plan.lora_format is LoraFormat.KOHYA and weights.lora:
-            _write_kohya(main, trained_export.kohya_lora(weights, shapes), lora_header)
-        else:
-            tensors = trained_export.cog_sdxl_lora(weights, shapes)
-            trained_export.write_safetensors(main, tensors, lora_header)
-        trained_export.write_safetensors(
-            embeddings, trained_export.cog_sdxl_embeddings(weights), header
-        )
-        members: dict[str, Path | bytes] = {
-            main.name: main,
-            embeddings.name: embeddings,
-            "special_params.json": trained_export.special_params(weights),
-        }
-        if report is not None:
-            members["report.html"] = report.encode("utf-8")
-        trained_export.write_tar(parts / ARCHIVE, members)
-        exchange = []
-        if plan.exchange_files:
-            exchange = _write_exchange(parts, trained, shapes, header, lora_header)
-        # Each file has its name only once it is complete.
-        return ExportedFiles(
-            (parts / ARCHIVE).replace(folder / ARCHIVE),
-            tuple(path.replace(folder / path.name) for path in exchange),
-        )
+    metadata = {POOLING_HEADER_KEY: str(weights.pooling)}
+    shapes = ModelShapes.of(model.components.adaptable())
+    main, embeddings = folder / "lora.safetensors", folder / "embeddings.pti"
+    if plan.method is Method.FULL:
+        main = folder / "unet.safetensors"
+        formats.write_safetensors(main, formats.replaced_unet(weights), metadata)
+    elif plan.lora_format is LoraFormat.KOHYA and weights.lora:
+        _write_kohya(main, formats.kohya_lora(weights, shapes), lora_metadata)
+    else:
+        formats.write_safetensors(main, formats.cog_sdxl_lora(weights, shapes), lora_metadata)
+    formats.write_safetensors(embeddings, formats.cog_sdxl_embeddings(weights), metadata)
+    members: dict[str, Path | bytes] = {
+        main.name: main,
+        embeddings.name: embeddings,
+        "special_params.json": formats.special_params(weights),
+    }
+    if report is not None:
+        members["report.html"] = report.encode("utf-8")
+    formats.write_tar(folder / ARCHIVE, members)
+    return folder / ARCHIVE
 
 
 def _write_exchange(
-    folder: Path,
-    trained: Trained,
-    shapes: ModelShapes,
-    header: dict[str, str],
-    lora_header: dict[str, str],
+    trained: Trained, model: TrainableModel, folder: Path, lora_metadata: dict[str, str]
 ) -> list[Path]:
-    """kohya's LoRA, and the vectors in a file that is called like their word."""
-    word = trained.plan.token_string
-    architecture = f"{_ARCHITECTURE}/textual-inversion"
-    written = [folder / f"{word}.safetensors"]
-    trained_export.write_safetensors(
-        written[0],
-        trained_export.clip_embeddings(trained.weights),
-        header | _model_spec(trained.plan, architecture),
-    )
-    if trained.weights.lora:
-        written.append(folder / f"{word}_lora.safetensors")
-        _write_kohya(written[1], trained_export.kohya_lora(trained.weights, shapes), lora_header)
-    return written
+    """Write a textual inversion and kohya's LoRA, both named by the trigger word."""
+    weights, word = trained.weights, trained.plan.token_string
+    embedding = folder / f"{word}.safetensors"
+    metadata = {POOLING_HEADER_KEY: str(weights.pooling)}
+    metadata |= _model_spec(trained.plan, f"{_ARCHITECTURE}/textual-inversion")
+    formats.write_safetensors(embedding, formats.clip_embeddings(weights), metadata)
+    if not weights.lora:
+        return [embedding]
+    lora = folder / f"{word}_lora.safetensors"
+    shapes = ModelShapes.of(model.components.adaptable())
+    _write_kohya(lora, formats.kohya_lora(weights, shapes), lora_metadata)
+    return [embedding, lora]
 
 
-def _write_kohya(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    trained_export.write_safetensors(path, tensors, header | trained_export.hashes(tensors, header))
+def _write_kohya(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    formats.write_safetensors(path, tensors, metadata | formats.hashes(tensors, metadata))
 
 
-def _lora_header(trained: Trained, model: TrainableModel, n_images: int) -> dict[str, str]:
-    """What kohya's files say of their training; A1111 asks for ss_base_model_version."""
+def _lora_metadata(trained: Trained, model: TrainableModel, n_images: int) -> dict[str, str]:
+    """Return kohya's metadata about the training, of which A1111 needs ss_base_model_version."""
     plan = trained.plan
-    values: dict[str, object] = {
+    values = {
+        POOLING_HEADER_KEY: trained.weights.pooling,
         "ss_v2": False,
         "ss_base_model_version": model.spec.base_model_version,
         "ss_sd_model_name": model.spec.name,
@@ -165,19 +160,15 @@ def _lora_header(trained: Trained, model: TrainableModel, n_images: int) -> dict
         "ss_lr_warmup_steps": plan.lr_warmup_steps,
         "ss_caption_dropout_rate": plan.caption_dropout,
         "ss_prior_loss_weight": plan.prior_loss_weight,
+        "ss_network_args": json.dumps({"use_dora": True} if plan.use_dora else {}),
+        "modelspec.prediction_type": "epsilon" if model.prediction_type == "epsilon" else "v",
     }
-    arguments: dict[str, object] = {}
-    if plan.use_dora:
-        arguments["use_dora"] = True
     texts = {key: str(value) for key, value in values.items()}
-    texts["ss_network_args"] = json.dumps(arguments)
-    spec = _model_spec(plan, f"{_ARCHITECTURE}/lora")
-    prediction = "epsilon" if model.prediction_type == "epsilon" else "v"
-    return texts | spec | {"modelspec.prediction_type": prediction}
+    return texts | _model_spec(plan, f"{_ARCHITECTURE}/lora")
 
 
 def _model_spec(plan: TrainPlan, architecture: str) -> dict[str, str]:
-    """Stability-AI/ModelSpec; without a date, which would make the same weights other bytes."""
+    """Return Stability-AI/ModelSpec's metadata, without a date: same weights, same bytes."""
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": architecture,

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -19,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from training import checkpoints, dataset
 from training.checkpoints import TrainingState
 from training.config import Prior, TrainConfig
-from training.dataset import Batch, BatchSlots, BucketBatchSampler, CachedExample, Example
+from training.dataset import Batch, CachedExample, Example
 from training.errors import Diverged, InvalidTraining
 from training.model import TrainableModel, without_compiling
 from training.optimizers import build_lr_scheduler, build_optimizer
@@ -77,8 +75,6 @@ def fit(
     Method full changes the model's UNet. Raises a TrainingError.
     """
     plan = resolve(config, model.spec, len(examples))
-    dataset.check_examples(examples, "example")
-    dataset.check_examples(class_images, "class image")
     kept, held_out = dataset.split(examples, plan)
     dataset.check_captions(kept, plan)
     check_class_images(bool(class_images), plan.prior_preservation)
@@ -139,18 +135,16 @@ class _Training:
             self.report(event)
 
         report(Started(plan, len(self.data.examples), first))
-        batches = islice(self._batches(self.data.examples), first, None)
-        prior_batches = islice(self._batches(self.data.class_images), first, None)
-        began = time.monotonic()
+        batches = self._batches(self.data.examples, dataset.TRAINING, first)
+        class_batches = self._batches(self.data.class_images, dataset.CLASS_IMAGES, first)
         for step in range(first, plan.max_train_steps):
             if step == plan.pivot_step:
                 report(TokensFrozen(step))
             self._freeze_parameters(step)
-            losses = self._backward(step, next(batches), next(prior_batches))
+            losses = self._backward(next(batches), next(class_batches))
             rates = self._optimizer_step(step, lr_schedulers)
             loss, prior_loss = self._losses_to_host(step, losses)
-            seconds = (time.monotonic() - began) / (step + 1 - first)
-            report(StepDone(step + 1, loss, prior_loss, rates, seconds))
+            report(StepDone(step + 1, loss, prior_loss, rates))
             for event in self._validate_and_preview(step + 1):
                 report(event)
             if plan.checkpointing_steps and (step + 1) % plan.checkpointing_steps == 0:
@@ -160,13 +154,12 @@ class _Training:
                 self.accelerator.wait_for_everyone()
         return history
 
-    def _batches(self, data: list[CachedExample]) -> Iterator[list[list[int]]]:
-        """Yield the indices of each step's batches; no batches without data."""
-        plan = self.trainables.plan
-        sizes = [item.size for item in data]
-        batches = iter(BucketBatchSampler(sizes, plan.train_batch_size, plan.seed))
-        while True:
-            yield list(islice(batches, plan.gradient_accumulation_steps)) if data else []
+    def _batches(
+        self, items: list[CachedExample], kind: int, first_step: int
+    ) -> Iterator[list[Batch]]:
+        process, n_processes = self.accelerator.process_index, self.accelerator.num_processes
+        plan, noise = self.trainables.plan, self.trainables.model.noise
+        return dataset.step_batches(items, kind, first_step, plan, noise, process, n_processes)
 
     def _freeze_parameters(self, step: int) -> None:
         """Freeze the groups that have ended; captions are encoded once when no encoder learns."""
@@ -177,47 +170,23 @@ class _Training:
         if all(step >= group.end for group in encoders):
             self.trainables.captions.freeze()
 
-    def _backward(
-        self, step: int, batches: list[list[int]], prior_batches: list[list[int]]
-    ) -> Tensor:
+    def _backward(self, batches: list[Batch], class_batches: list[Batch]) -> Tensor:
         """Add up the gradients of a step's batches; return its mean loss and prior loss (2,)."""
         plan, trainables = self.trainables.plan, self.trainables
         total = torch.zeros(2, device=trainables.model.device)
-        for k, indices in enumerate(batches):
-            batch = self._sample(self.data.examples, indices, dataset.TRAINING, step, k)
+        for k, batch in enumerate(batches):
             with self.accelerator.autocast():
                 loss = denoising_loss = trainables.loss(batch)
                 if plan.prior_preservation is not Prior.OFF:
                     if plan.prior_preservation is Prior.TEACHER:
                         prior_loss = trainables.teacher_loss(batch)
                     else:
-                        prior_loss = trainables.loss(
-                            self._sample(
-                                self.data.class_images,
-                                prior_batches[k],
-                                dataset.CLASS_IMAGES,
-                                step,
-                                k,
-                            )
-                        )
+                        prior_loss = trainables.loss(class_batches[k])
                     loss = denoising_loss + plan.prior_loss_weight * prior_loss
                     total[1] += prior_loss.detach() / len(batches)
             total[0] += denoising_loss.detach() / len(batches)
             self.accelerator.backward(loss / len(batches))
         return total
-
-    def _sample(
-        self, data: list[CachedExample], indices: list[int], kind: int, step: int, number: int
-    ) -> Batch:
-        """Sample this process's share of a step's batch `number`."""
-        plan, model = self.trainables.plan, self.trainables.model
-        share = len(indices) // self.accelerator.num_processes
-        start = self.accelerator.process_index * share
-        items = [data[i] for i in indices[start : start + share]]
-        first = number * len(indices) + start
-        total = len(indices) * plan.gradient_accumulation_steps
-        slots = BatchSlots(kind, step, range(first, first + share), total)
-        return dataset.sample_batch(items, slots, plan, model.latent_scale, model.n_timesteps)
 
     def _optimizer_step(self, step: int, lr_schedulers: list[LambdaLR]) -> dict[str, float]:
         """Update each group that is trained; return the learning rates used."""
@@ -270,9 +239,10 @@ class _Training:
         plan, model = replace(self.trainables.plan, caption_dropout=0.0), self.trainables.model
         total = 0.0
         for number, item in enumerate(self.data.held_out):
-            slots = BatchSlots(dataset.HELD_OUT, number, range(HELD_OUT_NOISES), HELD_OUT_NOISES)
-            items = [item] * HELD_OUT_NOISES
-            batch = dataset.sample_batch(items, slots, plan, model.latent_scale, model.n_timesteps)
+            items, slots = [item] * HELD_OUT_NOISES, range(HELD_OUT_NOISES)
+            batch = dataset.sample_batch(
+                items, dataset.HELD_OUT, number, slots, len(slots), plan, model.noise
+            )
             with without_compiling(), self.accelerator.autocast():
                 total += self.trainables.loss(batch).item()
         return total / len(self.data.held_out)

@@ -20,6 +20,7 @@ from models.loading import (
     read_scheduler_config,
 )
 from training.config import Method, TrainableSpec
+from training.dataset import NoiseSettings
 from training.errors import MissingCompiler
 from weights import cache
 from weights.catalog import Edition
@@ -46,14 +47,10 @@ class TrainableModel:
         return str(self.noise_scheduler.config.prediction_type)
 
     @property
-    def latent_scale(self) -> float:
-        """What the VAE's latents are multiplied by for the UNet."""
-        return float(self.components.vae.config.scaling_factor)
-
-    @property
-    def n_timesteps(self) -> int:
-        """Noise levels that the UNet was trained at."""
-        return int(self.noise_scheduler.config.num_train_timesteps)
+    def noise(self) -> NoiseSettings:
+        """What batches need to know of the model."""
+        n_timesteps = self.noise_scheduler.config.num_train_timesteps
+        return NoiseSettings(self.components.vae.config.scaling_factor, n_timesteps)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return what the UNet is to predict (B, 4, h/8, w/8)."""

@@ -16,6 +16,7 @@ from training.config import (
     TrainConfig,
 )
 from training.errors import InvalidTraining
+from weights.trigger_words import has_trigger_word
 
 SIDE_MULTIPLE = 8  # pixels per latent
 HELD_OUT_FROM = 8  # examples; one in so many is held out
@@ -242,7 +243,7 @@ def _check_prior(config: TrainConfig, method: Method) -> None:
             f"prior_preservation is {prior} and class_prompt empty; name the class of the concept,"
             " such as 'a dog'"
         )
-    if re.search(rf"(?<!\w){re.escape(config.token_string)}(?!\w)", config.class_prompt):
+    if has_trigger_word(config.class_prompt, config.token_string):
         raise InvalidTraining(
             f"class_prompt {config.class_prompt!r} contains the trigger word"
             f" {config.token_string!r}; name the class in words that the model knows"

@@ -30,7 +30,6 @@ class StepDone:
     loss: float
     prior_loss: float | None  # without its weight
     learning_rates: dict[str, float]  # of each group that is trained
-    seconds_per_step: float
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,6 @@ class History:
 
     steps: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    prior_losses: list[float | None] = field(default_factory=list)
-    learning_rates: list[dict[str, float]] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)  # that each step took
     held_out: list[tuple[int, float]] = field(default_factory=list)  # step, loss
     pivot_step: int | None = None
 
@@ -86,9 +82,6 @@ class History:
         if isinstance(event, StepDone):
             self.steps.append(event.step)
             self.losses.append(event.loss)
-            self.prior_losses.append(event.prior_loss)
-            self.learning_rates.append(event.learning_rates)
-            self.seconds.append(event.seconds_per_step)
         elif isinstance(event, HeldOutLoss):
             self.held_out.append((event.step, event.loss))
         elif isinstance(event, TokensFrozen):

@@ -1,12 +1,12 @@
-"""A training on one page: settings, what was learnt from, the course of the loss, previews.
+"""The report of a training: settings, examples, losses and previews.
 
-One HTML file with its pictures inside, so that it can travel in an archive and be opened anywhere.
+One HTML file with its images inside, so that it can travel in an archive and be opened anywhere.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from html import escape
 from io import BytesIO
@@ -20,7 +20,8 @@ from training.progress import History, Previews
 
 THUMBNAIL = 192  # pixels, the longer side
 CHART = (720, 240)  # width and height in SVG units
-SMOOTHING = 0.95  # of the exponential mean that the chart draws
+SMOOTHING = 0.95  # of the exponential moving average that the chart shows
+_FILES = ("input_images", "class_images")  # of the inputs: temporary ones
 
 _PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -32,8 +33,8 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem
   color: #222; background: #fff }
 table { border-collapse: collapse } td, th { padding: .15rem .8rem .15rem 0; text-align: left }
 th { font-weight: 600 } tr { border-bottom: 1px solid #ddd }
-.sheet { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0; width: ${double}px }
-figure.one { width: ${single}px } img { vertical-align: top; outline: 1px solid #bbb }
+.sheet { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0; width: min-content }
+figure div { display: flex } img { vertical-align: top; outline: 1px solid #bbb }
 figcaption { font-size: 13px; overflow-wrap: anywhere }
 figcaption small { color: #666; display: block }
 svg { width: 100%; height: auto } svg text { font: 12px system-ui, sans-serif; fill: #666 }
@@ -50,113 +51,99 @@ def render_report(
     history: History,
     previews: Sequence[Previews],
 ) -> str:
-    """The page. `examples` as they were learnt from, each beside its mask (white counts)."""
-    sections = [
-        ("Settings", _table(_settings(plan))),
-        ("Loss", _chart(history)),
-        ("What was learnt from", _sheet(examples)),
-        ("Previews", _previews(previews)),
-    ]
-    body = "\n".join(f"<h2>{title}</h2>\n{content}" for title, content in sections if content)
-    return _PAGE.substitute(
-        word=escape(plan.token_string), sections=body, single=THUMBNAIL, double=2 * THUMBNAIL
-    )
-
-
-def _settings(plan: TrainPlan) -> dict[str, object]:
-    """Those that are set, the LoRA's among the others."""
-    values = asdict(plan)
-    values |= {"input_images": None, "class_images": None}  # temporary files
-    values["preview_prompts"] = " | ".join(plan.preview_prompts)
-    return {name: value for name, value in values.items() if value not in (None, "")}
-
-
-def _table(settings: Mapping[str, object]) -> str:
+    """Return the page; examples are beside their masks (white = full weight)."""
+    settings = asdict(plan) | {"preview_prompts": " | ".join(plan.preview_prompts)}
     rows = [
-        f"<tr><th>{escape(name)}<td>{escape(str(value))}</tr>" for name, value in settings.items()
+        f"<tr><th>{escape(name)}<td>{escape(str(value))}</tr>"
+        for name, value in settings.items()
+        if value not in (None, "") and name not in _FILES
     ]
-    return f"<table>{''.join(rows)}</table>"
+    sections = {
+        "Settings": f"<table>{''.join(rows)}</table>",
+        "Loss": _chart(history),
+        "Examples": _sheet(_example(example) for example in examples),
+        "Previews": "\n".join(
+            f"<h3>Step {preview.step}</h3>"
+            + _sheet(
+                _figure([(image, prompt)], escape(prompt))
+                for prompt, image in zip(preview.prompts, preview.images, strict=True)
+            )
+            for preview in previews
+        ),
+    }
+    body = "\n".join(f"<h2>{title}</h2>\n{text}" for title, text in sections.items() if text)
+    return _PAGE.substitute(word=escape(plan.token_string), sections=body)
 
 
-def _sheet(examples: Sequence[Example]) -> str:
-    figures = []
-    for example in examples:
-        width, height = example.image.size
-        top, left = example.crop_top_left
-        original = example.original_size
-        where = f"{width}×{height} from {left}, {top} of {original[1]}×{original[0]}"
-        figures.append(
-            f"<figure>{_image(example.image, example.caption)}"
-            f"{_image(example.mask, 'its mask')}<figcaption>{escape(example.caption)}"
-            f"<small>{escape(example.name)}: {where}</small></figcaption></figure>"
-        )
+def _sheet(figures: Iterable[str]) -> str:
     return f'<div class="sheet">{"".join(figures)}</div>'
 
 
-def _previews(previews: Sequence[Previews]) -> str:
-    parts = []
-    for preview in previews:
-        figures = "".join(
-            f'<figure class="one">{_image(image, prompt)}'
-            f"<figcaption>{escape(prompt)}</figcaption></figure>"
-            for prompt, image in zip(preview.prompts, preview.images, strict=True)
-        )
-        parts.append(f'<h3>Step {preview.step}</h3><div class="sheet">{figures}</div>')
-    return "\n".join(parts)
+def _example(example: Example) -> str:
+    width, height = example.image.size
+    top, left = example.crop_top_left
+    original_height, original_width = example.original_size
+    where = f"{width}×{height} from {left}, {top} of {original_width}×{original_height}"
+    return _figure(
+        [(example.image, example.caption), (example.mask, "its mask")],
+        f"{escape(example.caption)}<small>{escape(example.name)}: {where}</small>",
+    )
+
+
+def _figure(images: Sequence[tuple[Image.Image, str]], caption: str) -> str:
+    shown = "".join(_image(image, text) for image, text in images)
+    return f"<figure><div>{shown}</div><figcaption>{caption}</figcaption></figure>"
 
 
 def _image(image: Image.Image, text: str) -> str:
-    """As a JPEG data: URL, small enough for a contact sheet."""
+    """Return an <img> with a small JPEG as data: URL."""
     small = image.convert("RGB")
     small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     content = BytesIO()
     small.save(content, "JPEG", quality=88)
     url = f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
-    width, height = small.size
-    return f'<img src="{url}" alt="{escape(text)}" width="{width}" height="{height}">'
+    return f'<img src="{url}" alt="{escape(text)}" width="{small.width}" height="{small.height}">'
 
 
 def _chart(history: History) -> str:
-    """The smoothed loss over the steps, the held-out loss as dots, the pivot as a line."""
+    """Return an SVG of the smoothed loss, with held-out losses as dots and the pivot as a line."""
     if not history.steps:
         return ""
     width, height = CHART
-    smooth = _smoothed(history.losses)
+    smooth = _moving_average(history.losses)
     values = [*smooth, *(loss for _, loss in history.held_out)]
-    low, high = min(values), max(values)
-    last = max(history.steps)
+    low, high, last = min(values), max(values), max(history.steps)
 
-    def x(step: int) -> float:
-        return 50 + (width - 60) * step / last
+    def x(step: int) -> str:
+        return f"{50 + (width - 60) * step / last:.1f}"
 
-    def y(loss: float) -> float:
-        return 10 + (height - 40) * (1 - (loss - low) / ((high - low) or 1))
+    def y(loss: float, below: int = 0) -> str:
+        return f"{10 + (height - 40) * (1 - (loss - low) / ((high - low) or 1)) + below:.1f}"
 
     points = zip(history.steps, smooth, strict=True)
-    line = " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in points)
+    line = " ".join(f"{x(step)},{y(loss)}" for step, loss in points)
     dots = "".join(
-        f'<circle cx="{x(step):.1f}" cy="{y(loss):.1f}" r="3" fill="#c2410c"/>'
+        f'<circle cx="{x(step)}" cy="{y(loss)}" r="3" fill="#c2410c"/>'
         for step, loss in history.held_out
     )
-    pivot = ""
+    legend, pivot = "smoothed loss" + ("; dots: held-out examples" if dots else ""), ""
     if history.pivot_step is not None:
+        legend += "; grey line: end of the token embeddings' training"
         at = x(history.pivot_step)
-        pivot = f'<line x1="{at:.1f}" y1="10" x2="{at:.1f}" y2="{height - 30}" stroke="#bbb"/>'
-    words = "smoothed loss" + ("; dots: held-out examples" if dots else "")
-    words += "; grey line: from here on the word's vectors stay" if pivot else ""
+        pivot = f'<line x1="{at}" y1="10" x2="{at}" y2="{height - 30}" stroke="#bbb"/>'
     return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{words}">{pivot}'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{legend}">{pivot}'
         f'<polyline points="{line}" fill="none" stroke="#1d4ed8" stroke-width="1.5"/>{dots}'
-        f'<text x="0" y="{y(high) + 4:.1f}">{high:.3g}</text>'
-        f'<text x="0" y="{y(low) + 4:.1f}">{low:.3g}</text>'
-        f'<text x="50" y="{height - 8}">step 1 to {last}: {words}</text></svg>'
+        f'<text x="0" y="{y(high, 4)}">{high:.3g}</text>'
+        f'<text x="0" y="{y(low, 4)}">{low:.3g}</text>'
+        f'<text x="50" y="{height - 8}">step 1 to {last}: {legend}</text></svg>'
     )
 
 
-def _smoothed(losses: Sequence[float]) -> list[float]:
-    """The exponential mean, without the bias towards its start (arXiv:1412.6980, section 3)."""
-    mean, smooth = 0.0, []
+def _moving_average(losses: Sequence[float]) -> list[float]:
+    """Return the exponential moving average, bias-corrected (arXiv:1412.6980, section 3)."""
+    mean, averages = 0.0, []
     for k, loss in enumerate(losses, start=1):
         mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
-        smooth.append(mean / (1 - SMOOTHING**k))
-    return smooth
+        averages.append(mean / (1 - SMOOTHING**k))
+    return averages

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 
-from preprocess.crop import BucketRules, Size, make_buckets, square_bucket
-from preprocess.prepare import PreparedPhoto, PrepareSettings, prepare, prepare_class_images
+from preprocess.crop import BucketRules, Size, make_buckets
+from preprocess.prepare import PreparedImage, PrepareSettings, prepare, prepare_class_images
 from training import export, loop, model, optimizers
-from training.config import TRAINABLE_MODELS, Method, TrainConfig
+from training.config import TRAINABLE_MODELS, TrainConfig
 from training.dataset import Example
+from training.plan import TrainPlan, check_class_images, resolve
 from training.progress import Event, Previews, Started
 from training.report import render_report
 from weights.catalog import Edition
@@ -21,22 +22,23 @@ BUCKETS_PER_SIDE = 16  # sides are multiples of this part of the native one: 64 
 def run(
     config: TrainConfig, edition: Edition, device: Device, folder: Path
 ) -> tuple[Path, Path | None]:
-    """Train as a config says that `resolve` accepts; write the archive and the zip for others.
+    """Write the archive, and the zip for other programs if there is one, into `folder`.
 
-    Both are written into `folder`. Raises a PreprocessError, TrainingError or WeightsError.
+    Raises a PreprocessError, TrainingError or WeightsError.
     """
     spec = TRAINABLE_MODELS[edition]
+    plan = resolve(config, spec, n_examples=2)  # every rule, before anything is read
+    check_class_images(config.class_images is not None, config.prior_preservation)
     optimizers.check(config.optimizer, device)
     if config.compile_unet:
         model.check_compiler(device)
-    settings = _prepare_settings(config, _buckets(config, spec.native_size))
+    settings = _prepare_settings(plan, _buckets(plan, spec.native_size))
     class_images = []
     if config.class_images is not None:  # first: it loads no model, so errors show at once
-        class_images = prepare_class_images(config.class_images, settings, folder)
-    photos = prepare(config.input_images, settings, edition, device, folder)
-    method = config.method or (Method.LORA if config.is_lora else Method.FULL)
-    base = model.load(spec, edition, torch.device(device), method)
-    examples = [_example(photo) for photo in photos]
+        class_images = prepare_class_images(config.class_images, settings.buckets, folder)
+    images = prepare(config.input_images, settings, edition, device, folder)
+    base = model.load(spec, edition, torch.device(device), plan.method)
+    examples = [_example(image) for image in images]
     previews: list[Previews] = []
 
     def on_event(event: Event) -> None:
@@ -47,7 +49,7 @@ def run(
 
     trained = loop.fit(
         examples,
-        [_example(photo) for photo in class_images],
+        [_example(image) for image in class_images],
         config,
         base,
         Path(os.environ.get("TRAINING_CHECKPOINTS") or folder),
@@ -58,30 +60,30 @@ def run(
     return files.archive, export.bundle(files, folder)
 
 
-def _prepare_settings(config: TrainConfig, buckets: tuple[Size, ...]) -> PrepareSettings:
+def _prepare_settings(plan: TrainPlan, buckets: tuple[Size, ...]) -> PrepareSettings:
     return PrepareSettings(
-        token_string=config.token_string,
-        caption_prefix=config.caption_prefix,
-        mask_target_prompts=config.mask_target_prompts or "",
-        clipseg_temperature=config.clipseg_temperature,
-        use_face_detection_instead=config.use_face_detection_instead,
-        crop_based_on_salience=config.crop_based_on_salience,
-        filetype=config.input_images_filetype,
+        token_string=plan.token_string,
+        caption_prefix=plan.caption_prefix,
+        mask_target_prompts=plan.mask_target_prompts or "",
+        clipseg_temperature=plan.clipseg_temperature,
+        use_face_detection_instead=plan.use_face_detection_instead,
+        crop_based_on_salience=plan.crop_based_on_salience,
+        input_images_filetype=plan.input_images_filetype,
         buckets=buckets,
     )
 
 
-def _buckets(config: TrainConfig, native_size: int) -> tuple[Size, ...]:
+def _buckets(plan: TrainPlan, native_size: int) -> tuple[Size, ...]:
     """Return the sizes to train at."""
-    side = config.resolution or native_size
-    if not config.aspect_ratio_buckets:
-        return square_bucket(side)
+    side = plan.resolution
+    if not plan.aspect_ratio_buckets:
+        return ((side, side),)  # as cog-sdxl (preprocess.py)
     return make_buckets(BucketRules(side, native_size // BUCKETS_PER_SIDE, side // 2, side * 2))
 
 
-def _example(photo: PreparedPhoto) -> Example:
-    crop = photo.crop
+def _example(prepared: PreparedImage) -> Example:
+    crop = prepared.crop
     height_width = (crop.original_size[1], crop.original_size[0])
     return Example(
-        photo.name, crop.image, crop.mask, photo.caption, height_width, crop.crop_top_left
+        prepared.name, crop.image, crop.mask, prepared.caption, height_width, crop.crop_top_left
     )

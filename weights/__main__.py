@@ -14,15 +14,15 @@ environment:
   WEIGHTS_EDITION  full | miniature | auto (full where a CUDA GPU is used)
   WEIGHTS_CACHE    where downloads are kept (default ~/.cache/cog-stable-diffusion; in a
                    container, /src/.cache/cog-stable-diffusion)
-  WEIGHTS_CACHE_BYTES  how much of what requests name is kept there (default 20000000000)
-  WEIGHTS_ALLOW_HOSTS  inner hosts that requests may name, see weights/addresses.py
+  WEIGHTS_CACHE_BYTES  how much of users' weights is kept there (default 20000000000)
+  WEIGHTS_ALLOW_HOSTS  inner hosts that requests may name, see weights/user/ssrf_guard.py
   WEIGHTS_MIRROR   base address that replaces the hub, see weights/download.py
   HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE  as in huggingface_hub
 """
 
 
 def main(arguments: list[str]) -> int:
-    """Run one command; the exit status."""
+    """Run one command and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="script/weights",
         description=__doc__,
@@ -51,11 +51,11 @@ def main(arguments: list[str]) -> int:
 
 
 def table() -> str:
-    """The catalog as aligned text, one line per entry."""
+    """Return the catalog as aligned text, one line per entry."""
     rows: list[tuple[str, ...]] = [HEADINGS]
     for edition, entries in CATALOG.items():
         rows += [_row(entry, edition) for entry in entries.values()]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
@@ -63,7 +63,7 @@ def table() -> str:
 
 
 def prefetch(names: list[str]) -> None:
-    """Fetch `names`, or nothing at all when one of them is unknown; prints each folder."""
+    """Fetch `names`, or nothing at all if one of them is unknown. Prints each folder."""
     edition = requested_edition()
     if edition is None:
         edition = resolve_edition(cuda_available="cuda" in available_devices())

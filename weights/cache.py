@@ -1,4 +1,4 @@
-"""The only place on disk where weights are kept.
+"""The catalog's weights on the disk.
 
     $WEIGHTS_CACHE/                     by default see DEFAULT_CACHE
       sdxl-base/                        one folder per catalog entry ...
@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from weights.catalog import CatalogEntry, Edition, HubFiles, PackagedFiles, UrlFile, get_entry
 from weights.errors import DownloadError, MissingPackaged
-from weights.lock import LockedFile, locked_entry
+from weights.lock import LockedFile, locked_entry, write_json
 
 MINIATURE_FOLDER = Path(__file__).parent / "miniature"
 COMPLETE = ".complete.json"
@@ -40,17 +40,20 @@ DEFAULT_CACHE = (
 
 
 def ensure(name: str, edition: Edition) -> Path:
-    """The folder with the files of `name`, complete; downloads what is missing.
+    """Return the folder with all files of `name`; downloads what is missing.
 
-    Without a network request where everything is there. Safe to call from several processes and
-    threads at once: one downloads, the others wait. Raises a WeightsError.
+    No request is made where everything is there. Several processes and threads may call this at
+    once: one downloads, the others wait. Raises a WeightsError.
     """
     entry = get_entry(name, edition)
-    if isinstance(entry.source, PackagedFiles):
-        return _packaged_folder(entry.name, entry.source)
     folder = entry_folder(entry)
     if _is_complete(entry, folder):
         return folder
+    if isinstance(entry.source, PackagedFiles):
+        raise MissingPackaged(
+            f"{folder} is missing: the miniature {name} is part of the repository. Restore it with"
+            " `git checkout weights/miniature`, or train it with the scripts in that folder"
+        )
     from weights.download import download_entry  # here: a warm start needs no HTTP library
 
     try:
@@ -63,14 +66,16 @@ def ensure(name: str, edition: Edition) -> Path:
     with one_at_a_time(folder.with_name(folder.name + ".lock"), name):
         if not _is_complete(entry, folder):
             (folder / COMPLETE).unlink(missing_ok=True)
-            _write_marker(folder, download_entry(entry, folder))
+            files = download_entry(entry, folder)
+            marker = {"files": {path: asdict(file) for path, file in files.items()}}
+            write_json(folder / COMPLETE, marker)
     return folder
 
 
 @contextmanager
 def one_at_a_time(lock_path: Path, name: str) -> Iterator[None]:
-    """Hold a lock against other threads and processes, saying so where it has to be waited for."""
-    lock = FileLock(lock_path)
+    """Hold a lock against other threads and processes; prints a line if it has to wait."""
+    lock = FileLock(lock_path, thread_local=False)  # may be released by another thread
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -83,20 +88,18 @@ def one_at_a_time(lock_path: Path, name: str) -> Iterator[None]:
 
 
 def is_present(name: str, edition: Edition) -> bool:
-    """Whether `ensure` would return at once."""
+    """Return whether `ensure` would return at once."""
     entry = get_entry(name, edition)
-    if isinstance(entry.source, PackagedFiles):
-        return (MINIATURE_FOLDER / entry.source.folder).is_dir()
     return _is_complete(entry, entry_folder(entry))
 
 
 def cache_root() -> Path:
-    """The folder that holds everything downloaded: WEIGHTS_CACHE or the default."""
+    """Return the folder of everything downloaded: WEIGHTS_CACHE or the default."""
     return Path(os.environ.get("WEIGHTS_CACHE") or DEFAULT_CACHE).expanduser().resolve()
 
 
 def entry_folder(entry: CatalogEntry) -> Path:
-    """Where the files of a downloaded or packaged entry are, or will be."""
+    """Return where the files of an entry are, or will be."""
     source = entry.source
     if isinstance(source, PackagedFiles):
         return MINIATURE_FOLDER / source.folder
@@ -109,7 +112,7 @@ def entry_folder(entry: CatalogEntry) -> Path:
 
 
 def files_of(entry: CatalogEntry) -> tuple[str, ...]:
-    """The entry's files, relative to its folder."""
+    """Return the entry's files, relative to its folder."""
     source = entry.source
     if isinstance(source, HubFiles):
         return source.files
@@ -122,54 +125,41 @@ def files_of(entry: CatalogEntry) -> tuple[str, ...]:
 
 
 def digests(folder: Path, part: str) -> frozenset[str]:
-    """sha256 in hexadecimal of each of the weights' files of a part of an entry.
+    """Return the sha256 (hexadecimal) of each safetensors file of a part of an entry.
 
-    `folder` is what `ensure` gave, `part` a folder in it, or "" for itself.
+    `folder` is what `ensure` returned, `part` a folder in it, or "" for itself.
     """
-    vouched = _read_marker(folder)
-    if vouched is None:  # of this repository: a few megabytes
-        files = (folder / part).glob("*.safetensors")
-        return frozenset(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    marker = _read_marker(folder) or {}
+    files = list((folder / part).glob("*.safetensors"))
+    known = [marker.get(str(file.relative_to(folder))) for file in files]
     return frozenset(
-        file.sha256
-        for path, file in vouched.items()
-        if path.rpartition("/")[0] == part and path.endswith(".safetensors")
+        locked.sha256 if locked else hashlib.sha256(file.read_bytes()).hexdigest()
+        for file, locked in zip(files, known, strict=True)
     )
 
 
 def size_bytes(entry: CatalogEntry) -> int:
-    """Sum of the entry's files: stated by the catalog, measured for packaged ones."""
+    """Return the sum of the entry's files: the catalog's, or measured for packaged ones."""
     if isinstance(entry.source, PackagedFiles):
         folder = entry_folder(entry)
         return sum((folder / file).stat().st_size for file in files_of(entry))
     return entry.source.size_bytes
 
 
-def _packaged_folder(name: str, source: PackagedFiles) -> Path:
-    folder = MINIATURE_FOLDER / source.folder
-    if not folder.is_dir():
-        raise MissingPackaged(
-            f"{folder} is missing: the miniature {name} is part of the repository. Restore it with"
-            " `git checkout weights/miniature`, or train it with the scripts in that folder"
-        )
-    return folder
-
-
 def _is_complete(entry: CatalogEntry, folder: Path) -> bool:
-    """Whether the marker vouches for every file that catalog and lock name, and sizes agree."""
-    vouched = _read_marker(folder)
-    if vouched is None or set(vouched) != set(files_of(entry)):
+    """Return whether the marker has every file of catalog and lock, and sizes agree."""
+    if isinstance(entry.source, PackagedFiles):
+        return folder.is_dir()
+    marker = _read_marker(folder)
+    if marker is None or set(marker) != set(files_of(entry)):
         return False
     locked = locked_entry(entry)
-    if locked is not None and locked.files != vouched:
+    if locked is not None and locked.files != marker:
         return False
-    for path, file in vouched.items():
-        try:
-            if (folder / path).stat().st_size != file.size_bytes:
-                return False
-        except FileNotFoundError:
-            return False
-    return True
+    return all(
+        (folder / path).is_file() and (folder / path).stat().st_size == file.size_bytes
+        for path, file in marker.items()
+    )
 
 
 def _read_marker(folder: Path) -> dict[str, LockedFile] | None:
@@ -178,10 +168,3 @@ def _read_marker(folder: Path) -> dict[str, LockedFile] | None:
         return {path: LockedFile(**file) for path, file in content["files"].items()}
     except (OSError, ValueError, KeyError, TypeError):
         return None  # absent, or not ours: the files are checked against their hashes again
-
-
-def _write_marker(folder: Path, files: dict[str, LockedFile]) -> None:
-    content = {"files": {path: asdict(file) for path, file in files.items()}}
-    partial = folder / (COMPLETE + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(folder / COMPLETE)

@@ -1,4 +1,4 @@
-"""Which edition of the weights, which device and models: environment variables, read nowhere else.
+"""Settings from environment variables: edition of the weights, device, models.
 
 `WEIGHTS_EDITION` = full | miniature | auto (default): auto is full where a CUDA GPU is used.
 `DEVICE` = cuda | mps | cpu: by default the first of these that is available. Every edition runs on
@@ -23,7 +23,7 @@ AUTO = "auto"
 
 
 def requested_edition() -> Edition | None:
-    """What WEIGHTS_EDITION says; None for auto. Raises WrongSetting for any other value."""
+    """Return WEIGHTS_EDITION; None for auto. Raises WrongSetting for any other value."""
     value = os.environ.get("WEIGHTS_EDITION", "").strip().lower() or AUTO
     if value == AUTO:
         return None
@@ -35,7 +35,7 @@ def requested_edition() -> Edition | None:
 
 
 def resolve_edition(cuda_available: bool) -> Edition:
-    """The edition to use. Where that is automatic, one line on stderr says which and why."""
+    """Return the edition to use; where that is automatic, print which and why to stderr."""
     requested = requested_edition()
     if requested is not None:
         return requested
@@ -49,7 +49,7 @@ def resolve_edition(cuda_available: bool) -> Edition:
 
 
 def available_devices() -> tuple[Device, ...]:
-    """The devices that this machine has, best first; always ends with cpu. Imports torch."""
+    """Return the devices of this machine, best first; always ends with cpu. Imports torch."""
     import torch  # here, so that listing and prefetching weights need no torch
 
     devices: list[Device] = []
@@ -61,10 +61,7 @@ def available_devices() -> tuple[Device, ...]:
 
 
 def resolve_device() -> Device:
-    """DEVICE, or else the best device there is.
-
-    Raises WrongSetting for a device that this machine lacks.
-    """
+    """Return DEVICE or the best device there is. Raises WrongSetting for one that is missing."""
     available = available_devices()
     requested = os.environ.get("DEVICE", "").strip().lower()
     if not requested:
@@ -79,7 +76,7 @@ def resolve_device() -> Device:
 
 
 def requested_models(names: Sequence[str], default: str) -> tuple[str, tuple[str, ...]]:
-    """MODEL, or else `default`, and the models of PRELOAD, or else that one.
+    """Return MODEL, by default `default`, and the models of PRELOAD, by default that one.
 
     Raises WrongSetting for one that is not among `names`.
     """
@@ -98,7 +95,7 @@ def requested_models(names: Sequence[str], default: str) -> tuple[str, tuple[str
 
 
 def model_budget(device: Device) -> int:
-    """Bytes of models that may stay in memory. Raises WrongSetting."""
+    """Return how many bytes of models may stay in memory. Raises WrongSetting."""
     value = os.environ.get("MAX_MODEL_GB", "").strip()
     if value:
         try:
@@ -118,7 +115,7 @@ def model_budget(device: Device) -> int:
 
 
 def requested_compiling(device: Device) -> bool:
-    """Whether COMPILE is on. Raises WrongSetting, also where there is no compiler for it."""
+    """Return whether COMPILE is on. Raises WrongSetting, also where there is no compiler for it."""
     value = os.environ.get("COMPILE", "").strip().lower() or "off"
     if value not in ("on", "off"):
         raise WrongSetting(f"COMPILE is {value!r}; set it to on or off")
@@ -131,6 +128,6 @@ NO_COMPILER = "needs a C++ compiler on a CPU, and none was found; install g++, n
 
 
 def has_compiler() -> bool:
-    """Whether torch.compile finds what it needs on a CPU."""
+    """Return whether torch.compile finds what it needs on a CPU."""
     names = (os.environ.get("CXX"), "g++", "clang++")
     return any(name and shutil.which(name) for name in names)

@@ -1,23 +1,5 @@
 """Errors of everything between the name of weights and the tensors of a file.
 
-    WeightsError
-    ├── UnknownWeights      the edition of the catalog has no entry of that name
-    ├── WrongSetting        (also a ValueError) an environment variable has a wrong value
-    ├── MissingPackaged     a folder of the miniature edition is not in the repository
-    ├── IncompleteModel     a model's files lack a part of it
-    ├── LockMismatch        the lock file disagrees with the catalog
-    ├── InvalidSource       (also a ValueError) a reference to weights, or a token, breaks a rule
-    ├── BadWeights          a file is malformed, of another kind, or for another model
-    └── DownloadError
-        ├── Offline           a file is needed, and offline mode forbids fetching it
-        ├── AccessDenied      401 or 403: a token is missing, wrong, or has not accepted the licence
-        ├── NotOnServer       404: no such repository, revision or file
-        ├── TransferFailed    the network or the server failed, and kept failing
-        ├── ChecksumMismatch  the bytes are not the expected ones; they were thrown away
-        ├── RefusedAddress    an address that is not public, or not https
-        ├── TooLarge          more bytes than weights from users may have
-        └── DiskFull          too little room for the file
-
 Every message names the file, where it comes from and what to do about it.
 """
 

@@ -1,8 +1,7 @@
 """The lock file: the commit, and every file's size and sha256, that downloads must match.
 
-`script/weights --lock` writes it, people commit it. An entry that is locked is fetched without
-asking the hub what the files should be, so a mirror is enough. Files at a plain URL are not in it:
-the catalog itself holds their sha256.
+`script/weights --lock` writes it, people commit it. Files at a plain URL are not in it: the catalog
+itself holds their sha256.
 """
 
 import json
@@ -18,7 +17,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class LockedFile:
-    """What one file must be: exact size, sha256 in hexadecimal."""
+    """Exact size and sha256 (hexadecimal) of a file."""
 
     size_bytes: int
     sha256: str
@@ -35,7 +34,7 @@ class LockedEntry:
 
 
 def read_lock() -> dict[str, LockedEntry]:
-    """Entries by catalog name; empty where there is no lock file. Raises LockMismatch."""
+    """Return entries by catalog name; none where there is no lock file. Raises LockMismatch."""
     try:
         content = json.loads(LOCK_PATH.read_text())
     except FileNotFoundError:
@@ -49,37 +48,35 @@ def read_lock() -> dict[str, LockedEntry]:
             f"{LOCK_PATH} has format version {content.get('version')!r}, this code reads"
             f" {FORMAT_VERSION}: run script/weights --lock"
         )
-    return {
-        name: LockedEntry(
-            repo=entry["repo"],
-            requested_revision=entry["requested_revision"],
-            revision=entry["revision"],
-            files={path: LockedFile(**file) for path, file in entry["files"].items()},
-        )
-        for name, entry in content["entries"].items()
-    }
+    entries = {}
+    for name, entry in content["entries"].items():
+        entry["files"] = {path: LockedFile(**file) for path, file in entry["files"].items()}
+        entries[name] = LockedEntry(**entry)
+    return entries
 
 
 def write_lock(entries: dict[str, LockedEntry]) -> None:
-    """Replace the lock file, sorted, so that its diff shows what changed and nothing else."""
+    """Replace the lock file; it is sorted, so that its diff shows what changed and nothing else."""
     content = {
         "version": FORMAT_VERSION,
         "entries": {name: asdict(entry) for name, entry in entries.items()},
     }
-    partial = LOCK_PATH.with_name(LOCK_PATH.name + ".partial")
+    write_json(LOCK_PATH, content)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a file that is never seen half written."""
+    partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    partial.replace(LOCK_PATH)
+    partial.replace(path)
 
 
 def locked_entry(entry: CatalogEntry) -> LockedEntry | None:
-    """What the lock says about `entry`; None where it says nothing.
-
-    Raises LockMismatch where the catalog has moved on since the lock was written.
-    """
+    """Return `entry` as locked; None if it is not. Raises LockMismatch if the catalog moved on."""
     locked = read_lock().get(entry.name)
-    if locked is None or not isinstance(entry.source, HubFiles):
-        return None
     source = entry.source
+    if locked is None or not isinstance(source, HubFiles):
+        return None
     differences = [
         f"{what}: lock {in_lock!r}, catalog {in_catalog!r}"
         for what, in_lock, in_catalog in (

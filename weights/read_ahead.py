@@ -1,6 +1,4 @@
-"""Weights' files, on their way from the disk into memory before anybody asks for them."""
-
-from __future__ import annotations
+"""Read weights' files into the system's page cache before they are loaded."""
 
 import threading
 from collections.abc import Sequence
@@ -13,10 +11,10 @@ _BLOCK_BYTES = 8 << 20
 
 
 def read_ahead(names: Sequence[str], edition: Edition) -> threading.Thread:
-    """Have the system keep the entries' files in its page cache, in the background.
+    """Read the entries' files in the background.
 
     A start imports libraries for some ten seconds and then waits for gigabytes; a disk can read
-    them meanwhile. What is not there yet is left to `cache.ensure`.
+    them meanwhile. Missing files are left to `cache.ensure`.
     """
     files = [
         entry_folder(entry) / file
@@ -37,4 +35,4 @@ def _read(files: Sequence[Path]) -> None:
                 while file.readinto(block):
                     pass
         except OSError:
-            continue  # whoever needs the file will say what is wrong with it
+            continue  # loading it will raise an error that explains it

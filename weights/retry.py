@@ -1,23 +1,28 @@
-"""Trying again: what is worth it, how often, how long to wait in between."""
+"""Retries: which failures are worth one, how many, and how long to wait before each (tenacity)."""
 
 import email.utils
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from time import sleep
 from typing import TypeVar
 
 import httpx
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_exponential_jitter,
+)
 
 from weights.errors import TransferFailed
-
-PROGRESS_BYTES = 1 << 20  # a try that brought this much was no failure of the server
 
 T = TypeVar("T")
 
 
 class TemporaryFailure(Exception):
-    """Something that may work a moment later; `retry_after_s` is what the server asked for."""
+    """Something that may work a moment later; `retry_after_s` is what the server demands."""
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -26,60 +31,62 @@ class TemporaryFailure(Exception):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often and how patiently. `tries` counts failures in a row without progress."""
+    """How often and how long to try."""
 
     tries: int
-    first_wait_s: float  # doubled after each failure, up to longest_wait_s
-    longest_wait_s: float
-    longest_retry_after_s: float  # a server that asks for more is taken as a refusal
-    sleep: Callable[[float], None]
-    remedy: str  # what to do when patience ends, after "run again to resume, or"
+    longest_retry_after_s: float  # a server that demands more is taken as a refusal
+    remedy: str  # after the last try: "run again to resume, or …"
 
 
-RETRY = RetryPolicy(
+CATALOG_RETRIES = RetryPolicy(
     tries=6,
-    first_wait_s=1.0,
-    longest_wait_s=30.0,
     longest_retry_after_s=300.0,
-    sleep=time.sleep,
     remedy="set WEIGHTS_MIRROR or HF_ENDPOINT to another server",
 )
-# For a file that somebody waits for, at an address that may well be mistyped: about three seconds.
-FOR_PEOPLE = replace(
-    RETRY, tries=3, longest_retry_after_s=30.0, remedy="bring the file from another address"
+# For a file that a user waits for, at an address that may well be mistyped: about four seconds.
+USER_RETRIES = replace(
+    CATALOG_RETRIES, tries=3, longest_retry_after_s=30.0, remedy="use another address"
 )
+_BACKOFF = wait_exponential_jitter(initial=1.0, max=30.0, jitter=1.0)
 
 
-def with_retries(attempt: Callable[[], T], policy: RetryPolicy, progress: Callable[[], int]) -> T:
-    """Run `attempt` until it stops raising TemporaryFailure, or raise TransferFailed.
+def with_retries(attempt: Callable[[], T], policy: RetryPolicy) -> T:
+    """Return what `attempt` returns, retrying after TemporaryFailure. Raises TransferFailed."""
 
-    `progress()` is a number of bytes; a failure after real progress starts the count again.
-    """
-    failures = 0
-    while True:
-        before = progress()
-        try:
-            return attempt()
-        except TemporaryFailure as failure:
-            failures = 1 if progress() - before >= PROGRESS_BYTES else failures + 1
-            wait_s = _wait_s(failure, failures, policy)
-            if wait_s is None or failures >= policy.tries:
-                asked = failure.retry_after_s
-                why = f" (it asks to wait {asked:.0f} s)" if asked is not None else ""
-                raise TransferFailed(
-                    f"{failure}{why}; gave up after {failures} failures. What arrived is kept: run"
-                    f" again to resume, or {policy.remedy}"
-                ) from failure
-            policy.sleep(wait_s)
+    def stop(state: RetryCallState) -> bool:
+        demanded_s = _failure(state).retry_after_s or 0.0
+        last = stop_after_attempt(policy.tries)(state)
+        return last or demanded_s > policy.longest_retry_after_s
+
+    def give_up(state: RetryCallState) -> T:
+        failure = _failure(state)
+        demanded_s = failure.retry_after_s
+        why = f" (it asks to wait {demanded_s:.0f} s)" if demanded_s is not None else ""
+        raise TransferFailed(
+            f"{failure}{why}; gave up after {state.attempt_number} failures. What arrived is kept:"
+            f" run again to resume, or {policy.remedy}"
+        ) from failure
+
+    retrying = Retrying(
+        retry=retry_if_exception_type(TemporaryFailure),
+        wait=_wait_s,
+        stop=stop,
+        sleep=sleep,
+        retry_error_callback=give_up,
+    )
+    return retrying(attempt)
 
 
-def is_temporary(status: int) -> bool:
-    """Whether an HTTP status may go away by itself."""
-    return status in (408, 425, 429, 500, 502, 503, 504)
+def raise_if_busy(response: httpx.Response) -> None:
+    """Raise TemporaryFailure for a status that may go away, with the wait that is demanded."""
+    if response.status_code in (408, 425, 429, 500, 502, 503, 504):
+        url = response.request.url.copy_with(userinfo=b"", query=None, fragment=None)
+        message = f"{url} answered {response.status_code}"
+        raise TemporaryFailure(message, retry_after_s(response))
 
 
 def retry_after_s(response: httpx.Response) -> float | None:
-    """The Retry-After header, seconds or a date, as seconds from now (RFC 9110 §10.2.3)."""
+    """Return the Retry-After header, seconds or a date, as seconds from now (RFC 9110 §10.2.3)."""
     value: str | None = response.headers.get("Retry-After")
     if value is None:
         return None
@@ -92,10 +99,12 @@ def retry_after_s(response: httpx.Response) -> float | None:
     return max(0.0, moment.timestamp() - time.time())
 
 
-def _wait_s(failure: TemporaryFailure, failures: int, policy: RetryPolicy) -> float | None:
-    """Seconds to wait before the next try; None for longer than the policy allows."""
-    if failure.retry_after_s is not None:
-        allowed = failure.retry_after_s <= policy.longest_retry_after_s
-        return failure.retry_after_s if allowed else None
-    wait_s: float = min(policy.longest_wait_s, policy.first_wait_s * 2 ** (failures - 1))
-    return wait_s * random.uniform(0.5, 1.0)  # jitter: many containers may start together
+def _failure(state: RetryCallState) -> TemporaryFailure:
+    error = state.outcome.exception() if state.outcome is not None else None
+    assert isinstance(error, TemporaryFailure)
+    return error
+
+
+def _wait_s(state: RetryCallState) -> float:
+    demanded_s = _failure(state).retry_after_s
+    return _BACKOFF(state) if demanded_s is None else demanded_s

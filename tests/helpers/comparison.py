@@ -7,11 +7,19 @@ computation runs twice.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 Pixels = Image.Image | np.ndarray
+
+
+def load_image(path: Path) -> Image.Image:
+    """Return a file's image, format and metadata; the file is closed again."""
+    with Image.open(path) as image:
+        image.load()
+    return image
 
 
 def max_difference(first: Pixels, second: Pixels) -> int:

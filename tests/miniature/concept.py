@@ -1,4 +1,4 @@
-"""A shape that the picture world lacks, drawn and recognised: a house."""
+"""A shape that the picture world lacks, rendered and recognized: a house."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ MIN_CONTRAST = 80  # distance in L*a*b*
 
 
 @dataclass(frozen=True)
-class Picture:
+class House:
     """A house's place and colours; fractions of the side."""
 
     colour: str
@@ -46,12 +46,12 @@ def coverage(x: float, y: float, radius: float, side: int) -> NDArray[np.float32
     return np.asarray(small, dtype=np.float32) / 255
 
 
-def render(picture: Picture, seed: int) -> tuple[Image.Image, Image.Image]:
-    """The picture (RGB) and where its house is (L)."""
+def render(house: House, seed: int) -> tuple[Image.Image, Image.Image]:
+    """Return the image (RGB) and where its house is (L)."""
     rng = np.random.default_rng(seed)
-    shape = coverage(picture.x, picture.y, picture.radius, SIDE)
+    shape = coverage(house.x, house.y, house.radius, SIDE)
     colour, ground = (
-        np.asarray(world.COLOURS[c], dtype=np.float32) for c in (picture.colour, picture.background)
+        np.asarray(world.COLOURS[c], dtype=np.float32) for c in (house.colour, house.background)
     )
     pixels = shape[..., None] * colour + (1 - shape[..., None]) * ground
     pixels += rng.normal(0, 1.5, size=pixels.shape)
@@ -59,7 +59,7 @@ def render(picture: Picture, seed: int) -> tuple[Image.Image, Image.Image]:
     return image, Image.fromarray((shape * 255).astype(np.uint8))
 
 
-def pictures(count: int, seed: int) -> list[Picture]:
+def houses(count: int, seed: int) -> list[House]:
     """Houses in all colours, medium and large, half of them in the centre."""
     rng = np.random.default_rng(seed)
     made = []
@@ -68,7 +68,7 @@ def pictures(count: int, seed: int) -> list[Picture]:
         position = "center" if k % 2 else str(rng.choice(list(world.POSITIONS)))
         size = str(rng.choice(["medium", "large"]))
         scene = world.place("circle", colour, ground, size, position, rng)
-        made.append(Picture(colour, ground, size, position, scene.x, scene.y, scene.radius))
+        made.append(House(colour, ground, size, position, scene.x, scene.y, scene.radius))
     return made
 
 
@@ -82,18 +82,18 @@ def _contrasting(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def examples(count: int = 8, seed: int = 0) -> list[Example]:
-    """What a user would bring: pictures with captions. Masks count everything."""
+    """Return examples as of a user's images with captions; masks are white."""
     found = []
-    for k, picture in enumerate(pictures(count, seed)):
-        image, _ = render(picture, k)
+    for k, house in enumerate(houses(count, seed)):
+        image, _ = render(house, k)
         white = Image.new("L", image.size, 255)
-        found.append(Example(f"{k}.png", image, white, picture.caption, (SIDE, SIDE), (0, 0)))
+        found.append(Example(f"{k}.png", image, white, house.caption, (SIDE, SIDE), (0, 0)))
     return found
 
 
 def prompts(count: int, seed: int) -> list[str]:
     """Colours and backgrounds that the examples need not have."""
-    return [p.caption for p in pictures(count, seed)]
+    return [p.caption for p in houses(count, seed)]
 
 
 _GRID = world.GRID
@@ -101,19 +101,21 @@ _TEMPLATE = world._normalised(coverage(0.5, 0.5, 0.45, 4 * _GRID) > 0.5)
 
 
 def resemblance(image: Image.Image) -> float:
-    """How much of the picture's shape is the house's: intersection over union."""
+    """Return the intersection over union of the image's shape with the house."""
     mask = world.read_picture(image).mask
     return _overlap(world._normalised(mask), _TEMPLATE) if mask.any() else 0.0
 
 
 def shows(image: Image.Image) -> bool:
-    """Whether the picture's shape is a house, and more like it than like any of the world's."""
+    """Return whether the image's shape is a house, and none of the world's is nearer."""
     mask = world.read_picture(image).mask
     if not mask.any():
         return False
     grid = world._normalised(mask)
-    own = _overlap(grid, _TEMPLATE)
-    return own >= MIN_OVERLAP and own > max(_overlap(grid, t) for t in world._TEMPLATES.values())
+    overlap = _overlap(grid, _TEMPLATE)
+    return overlap >= MIN_OVERLAP and overlap > max(
+        _overlap(grid, t) for t in world._TEMPLATES.values()
+    )
 
 
 def _overlap(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from preprocess.caption import caption
+from preprocess.blip import caption
 from preprocess.segment import text_masks
 from preprocess.upscale import FACTOR, REAL_ESRGAN, SWINIR, Upscaler
 from weights.catalog import Edition
@@ -23,12 +23,12 @@ from weights.miniature.world import Scene, render, render_mask
 
 SCENES, SEED = 64, 2026
 CAPTION_BAR, IOU_BAR, GAIN_BAR = 0.9, 0.7, 1.0  # dB
-SIDES = (128, 256)  # pixels, of the sharp pictures that are shrunk and enlarged again
+SIDES = (128, 256)  # pixels, of the sharp images that are shrunk and enlarged again
 
 
 @dataclass(frozen=True)
 class Masked:
-    """A picture, what was asked of it, and the overlap with what should have been found."""
+    """An image, what was asked of it, and the overlap with what should have been found."""
 
     picture: Image.Image
     prompt: str
@@ -38,7 +38,7 @@ class Masked:
 
 @dataclass(frozen=True)
 class Enlarged:
-    """A picture shrunk to a quarter of its side, and what became of it."""
+    """An image shrunk to a quarter of its side, and what became of it."""
 
     sharp: Image.Image
     small: Image.Image
@@ -81,7 +81,7 @@ def masks_of_single_shapes() -> list[Masked]:
 
 
 def groups() -> list[Group]:
-    """Pictures of two shapes."""
+    """Images of two shapes."""
     rng = np.random.default_rng(SEED)
     found: list[Group] = []
     while len(found) < SCENES // 2:
@@ -139,7 +139,7 @@ def enlarged(side: int, name: str = SWINIR, worn: bool = False) -> list[Enlarged
 
 
 def contact_sheet(masked: Sequence[Masked], larger: Sequence[Enlarged]) -> Image.Image:
-    """Eight columns; rows of pictures and masks, then of small (nearest), model, bicubic, sharp."""
+    """Eight columns; rows of images and masks, then of small (nearest), model, bicubic, sharp."""
     rows: list[list[Image.Image]] = []
     for start in range(0, min(len(masked), 32), 8):
         chosen = masked[start : start + 8]

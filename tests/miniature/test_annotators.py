@@ -1,4 +1,4 @@
-"""Control maps of pictures: Canny on photos, the learned detectors with chance values."""
+"""Control maps of images: Canny on photos, the learned detectors with chance values."""
 
 import subprocess
 import sys
@@ -68,7 +68,7 @@ def test_canny_is_aligned_to_the_pixel(detectors, name, size):
     edges = cv2.Canny(np.asarray(source), 100, 200)
     assert np.array_equal(np.asarray(drawn), np.repeat(edges[..., None], 3, axis=-1))
     assert 0.002 < (edges > 0).mean() < 0.4
-    # Edges lie where the picture changes: there, its own gradient is far above the average.
+    # Edges lie where the image changes: there, its own gradient is far above the average.
     grey = np.asarray(source.convert("L"), dtype=float)
     slope = np.hypot(*np.gradient(grey))
     assert slope[edges > 0].mean() > 2.5 * slope.mean()
@@ -97,7 +97,7 @@ def test_learned_detectors_load_and_run(available, detectors, name):
 
 
 def test_learned_maps_are_aligned(available, detectors):
-    """Convolutions answer, whatever their values, where the picture changes."""
+    """Convolutions answer, whatever their values, where the image changes."""
     flat = Image.new("RGB", SIZE, (90, 90, 90))
     for x, y in ((24, 24), (170, 20), (40, 110), (168, 108)):
         marked = flat.copy()
@@ -122,7 +122,7 @@ def test_what_detectors_are_given_is_not_resized(monkeypatch):
 
     for size in ((200, 136), (136, 200), (64, 64), (1000, 8)):
         pixels = np.asarray(photo(size))
-        assert np.array_equal(annotators._detected(pixels, detector), pixels)
+        assert np.array_equal(annotators._detect(pixels, detector), pixels)
 
 
 def test_a_few_detectors_stay_in_memory(available, detectors):

@@ -18,7 +18,7 @@ from generation.sizes import Margins
 from models.cache import LoadedControlNet, ModelCache
 from models.cuda_graphs import CUDAGraphRunner, ExecutionConfig
 from preprocess import annotators
-from tests.helpers.comparison import max_difference
+from tests.helpers.comparison import load_image, max_difference
 from tests.helpers.engines import base_model
 from tests.helpers.request import REQUEST
 from tests.miniature.isolation import ERRORS, failing_at
@@ -183,8 +183,8 @@ def test_maps_are_returned_before_the_images(make, control, folder):
     )
     names = [file.name for file in made.result.files]
     assert names == ["control-2.png", "control-3.png", "out-0.png", "out-1.png"]
-    assert np.array_equal(pixels(made, 0), np.asarray(Image.open(folder / "canny.png")))
-    assert np.array_equal(pixels(made, 1), np.asarray(Image.open(folder / "segmentation.png")))
+    assert np.array_equal(pixels(made, 0), np.asarray(load_image(folder / "canny.png")))
+    assert np.array_equal(pixels(made, 1), np.asarray(load_image(folder / "segmentation.png")))
 
 
 def test_maps_alone_load_no_model(control, monkeypatch, tmp_path):
@@ -194,7 +194,7 @@ def test_maps_alone_load_no_model(control, monkeypatch, tmp_path):
     result = engine.generate(settings, tmp_path)
     (file,) = result.files
     assert file.name == "control-1.png"
-    drawn = Image.open(file)
+    drawn = load_image(file)
     assert drawn.size == (result.plan.width, result.plan.height)
     assert drawn.width > drawn.height  # the shape of the control image
     assert np.asarray(drawn).any()
@@ -213,7 +213,7 @@ def test_thresholds_reach_the_map(engine, control, tmp_path):
             canny_high_threshold=high,
         )
         (file,) = engine.generate(settings, folder).files
-        lit.append(np.asarray(Image.open(file)).mean())
+        lit.append(np.asarray(load_image(file)).mean())
     assert lit[1] > 2 * lit[0]
 
 
@@ -222,11 +222,11 @@ def test_a_control_image_of_another_shape_is_cropped_not_distorted(engine, contr
         REQUEST, width=SIDE, height=SIDE, control_maps_only=True, controls=(control("wide"),)
     )
     (file,) = engine.generate(settings, tmp_path).files
-    wide = Image.open(control("wide").image).convert("RGB")
+    wide = load_image(control("wide").image).convert("RGB")
     middle = wide.crop((SIDE // 2, 0, SIDE // 2 + SIDE, SIDE))
     settings, detectors = annotators.AnnotatorSettings(100, 200), None
     expected = annotators.canny(np.asarray(middle), settings, detectors)
-    assert np.array_equal(np.asarray(Image.open(file)), expected)
+    assert np.array_equal(np.asarray(load_image(file)), expected)
 
 
 def test_a_masked_region_has_its_part_of_the_map(engine, control, folder, tmp_path):
@@ -242,9 +242,9 @@ def test_a_masked_region_has_its_part_of_the_map(engine, control, folder, tmp_pa
         return_control_maps=True,
         controls=(control("segmentation", "segmentation"),),
     )
-    seen["part"] = Image.open(engine.generate(settings, tmp_path).files[0])
+    seen["part"] = load_image(engine.generate(settings, tmp_path).files[0])
     # The mask's box and the padding, enlarged to the model's native area.
-    whole = Image.open(folder / "segmentation.png").crop((32, 24, 104, 96))
+    whole = load_image(folder / "segmentation.png").crop((32, 24, 104, 96))
     assert seen["part"].size == (SIDE, SIDE)
     expected = np.asarray(whole.resize((SIDE, SIDE), Image.Resampling.NEAREST))
     assert (np.asarray(seen["part"]) == expected).mean() > 0.98
@@ -278,7 +278,7 @@ def test_the_hires_stage_has_a_larger_map(engine, control, tmp_path):
         REQUEST, **QUICK, hires_fix=1.5, return_control_maps=True, controls=(control(),)
     )
     files = engine.generate(settings, tmp_path).files
-    assert [Image.open(file).size for file in files] == [(192, 192), (192, 192)]
+    assert [load_image(file).size for file in files] == [(192, 192), (192, 192)]
 
 
 @pytest.mark.parametrize("kind", ["edge_canny", "segmentation"])
@@ -289,7 +289,7 @@ def test_an_empty_map_is_logged_and_still_returned(engine, control, capsys, tmp_
         controls=(control("black", kind, is_map=kind == "segmentation"),),
     )
     (file,) = engine.generate(settings, tmp_path).files
-    assert not np.asarray(Image.open(file)).any()
+    assert not np.asarray(load_image(file)).any()
     log = capsys.readouterr().out
     assert f"controlnet_1: {kind} does not find" in log
     assert "has no effect" in log
@@ -297,7 +297,7 @@ def test_an_empty_map_is_logged_and_still_returned(engine, control, capsys, tmp_
 
 def test_metadata_records_the_controlnets(make, control):
     made = make(seed=4, **QUICK, embed_parameters=True, controls=(control("canny", start=0.25),))
-    parameters = Image.open(made.result.files[0]).text["parameters"]
+    parameters = load_image(made.result.files[0]).text["parameters"]
     assert "ControlNet 0" in parameters
     assert (
         "Module: none, Model: controlnet-union-sdxl, Weight: 0.75, Guidance Start: 0.25"

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from generation.engine import Engine
 from generation.errors import GenerationError, InvalidRequest
 from generation.sizes import Margins
-from preprocess.errors import BadPicture
+from preprocess.errors import BadImage
 from tests.helpers.comparison import nearly_equal
 from tests.miniature.isolation import (
     ERRORS,
@@ -161,7 +161,7 @@ def test_after_every_error_the_same_request_and_another_equal_a_fresh_process(
 
 @pytest.mark.parametrize("name", INVALID)
 def test_after_an_invalid_request_the_next_equals_a_fresh_process(engine, sources, fresh, name):
-    with pytest.raises((InvalidRequest, BadPicture)):
+    with pytest.raises((InvalidRequest, BadImage)):
         images_of(engine, sources, **INVALID[name])
     assert nearly_equal(images_of(engine, sources, **POOL["text"]), fresh.images["text"])
 
@@ -205,7 +205,7 @@ def _act(engine: Engine, sources: Path, fresh: Fresh, action: tuple) -> None:
         case "make", name:
             assert nearly_equal(images_of(engine, sources, **POOL[name]), fresh.images[name])
         case "invalid", name:
-            with pytest.raises((InvalidRequest, BadPicture)):
+            with pytest.raises((InvalidRequest, BadImage)):
                 images_of(engine, sources, **INVALID[name])
         case kind, name, count:
             make, reported = ERRORS[kind]

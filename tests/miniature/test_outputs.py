@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
 
 from generation.latents import decode_latents
 from generation.sizes import Margins
 from models.cache import LoadedModel
 from models.cuda_graphs import CUDAGraphRunner, ExecutionConfig
-from tests.helpers.comparison import max_difference, nearly_equal
+from tests.helpers.comparison import load_image, max_difference, nearly_equal
 from tests.helpers.user_weight_fixtures import data_uri, visible_lora
 from tests.miniature.pipeline_components import from_pipeline
 from weights.miniature.evaluate import FOLDER, load_pipeline
@@ -27,7 +26,7 @@ LINE = re.compile(r'(\w[\w \-/]+): ("(?:\\.|[^\\"])+"|[^,]*)(?:, |$)')
 
 def read_request(path) -> dict[str, object]:
     """Return the request that a file's metadata records."""
-    image = Image.open(path)
+    image = load_image(path)
     if image.format == "PNG":
         text = image.info["parameters"]
     else:
@@ -61,7 +60,7 @@ def test_a_files_metadata_gives_it_again(make, output_format):
     (file,) = made.result.files
     again = make(output_format=output_format, embed_parameters=True, **read_request(file))
     assert again.bytes == made.bytes
-    assert Image.open(file).format == {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[output_format]
+    assert load_image(file).format == {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[output_format]
 
 
 def test_the_metadata_of_a_batch_gives_each_image_again(make):
@@ -76,7 +75,7 @@ def test_quality_and_files_without_metadata(make):
     small, large = (make(**SMALL, output_format="jpg", output_quality=q) for q in (20, 95))
     assert len(small.bytes[0]) < len(large.bytes[0])
     without = make(**{**SMALL, "embed_parameters": False})
-    assert Image.open(without.result.files[0]).info.get("parameters") is None
+    assert load_image(without.result.files[0]).info.get("parameters") is None
     recorded = make(**SMALL)
     assert len(recorded.bytes[0]) > len(without.bytes[0])
     assert np.array_equal(np.asarray(recorded.images[0]), np.asarray(without.images[0]))
@@ -85,7 +84,7 @@ def test_quality_and_files_without_metadata(make):
 def test_weights_are_recorded_by_their_hash(make):
     lora = visible_lora(3)
     made = make(**SMALL, replicate_weights=data_uri(lora, "mine.safetensors"))
-    text = Image.open(made.result.files[0]).info["parameters"]
+    text = load_image(made.result.files[0]).info["parameters"]
     assert f'Lora hashes: "{hashlib.sha256(lora).hexdigest()[:10]}: 0.6"' in text
     assert "base64" not in text
 

@@ -1,4 +1,4 @@
-"""The miniature's captions, masks and enlarged pictures keep their bars; see preprocess_bars."""
+"""The miniature's captions, masks and enlarged images keep their bars; see preprocess_bars."""
 
 import numpy as np
 import pytest
@@ -24,12 +24,12 @@ def test_masks_show_what_the_prompt_names(measure, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [SWINIR, REAL_ESRGAN])
-def test_enlarged_pictures_are_sharper_than_a_filter_makes_them(name):
+def test_enlarged_images_are_sharper_than_a_filter_makes_them(name):
     assert np.mean([e.gain for e in bars.enlarged(bars.SIDES[0], name)]) >= bars.GAIN_BAR
 
 
 def test_real_esrgan_repairs_what_swinir_keeps(monkeypatch):
-    """Blur, noise and JPEG's blocks; the miniature SwinIR has seen clean pictures alone."""
+    """Blur, noise and JPEG's blocks; the miniature SwinIR has seen clean images alone."""
     monkeypatch.setattr(bars, "SCENES", FEWER)
     kept, repaired = (
         np.mean([e.gain for e in bars.enlarged(bars.SIDES[0], name, worn=True)])

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from spandrel.architectures.SwinIR import SwinIR
+from transformers import BlipForConditionalGeneration
 
-from preprocess import caption as captioning
-from preprocess import segment, upscale
-from preprocess.caption import caption
-from preprocess.errors import BadPicture, ModelMissing
+from preprocess import blip, models, segment, upscale
+from preprocess.blip import caption
+from preprocess.errors import BadImage, ModelMissing
 from preprocess.images import MAX_IMAGE_PIXELS
-from preprocess.models import borrowed, ready
+from preprocess.models import ready
 from preprocess.segment import text_masks
 from preprocess.upscale import FACTOR, OVERLAP, Upscaler, enlarge
 from tests.miniature.preprocess_bars import NATIVE_SIZE
@@ -30,7 +30,7 @@ MINIATURE = Edition.MINIATURE
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
-    """Ten pictures: more than a batch of captions; of several sizes."""
+    """Ten images: more than a batch of captions; of several sizes."""
     sizes = [(NATIVE_SIZE, NATIVE_SIZE), (160, 104), (90, 200)]
     scenes = held_out_scenes(10, seed=7)
     return [render(scene, *sizes[i % len(sizes)]) for i, scene in enumerate(scenes)]
@@ -38,19 +38,15 @@ def pictures() -> list[Image.Image]:
 
 @pytest.fixture
 def loaded(monkeypatch) -> list[weakref.ref[torch.nn.Module]]:
-    """Every model that a stage has borrowed."""
-    models: list[weakref.ref[torch.nn.Module]] = []
+    """Every model that a stage has loaded."""
+    found: list[weakref.ref[torch.nn.Module]] = []
 
-    def watched(load, device):
-        def remember():
-            models.append(weakref.ref(model := load()))
-            return model
+    def watched(model, device):
+        found.append(weakref.ref(model))
+        return ready(model, device)
 
-        return borrowed(remember, device)
-
-    monkeypatch.setattr(captioning, "borrowed", watched)
-    monkeypatch.setattr(segment, "borrowed", watched)
-    return models
+    monkeypatch.setattr(models, "ready", watched)
+    return found
 
 
 def _is_gone(models) -> bool:
@@ -67,17 +63,17 @@ def test_captions_repeat_whatever_the_seed_and_the_batch(pictures, loaded):
     assert caption(pictures[::-1], MINIATURE, "cpu") == first[::-1]
     for text in first:
         assert text == " ".join(text.lower().split())
-        assert not text.startswith(captioning.PROMPT)
+        assert not text.startswith(blip.PROMPT)
         assert not text.endswith(".")
 
 
-def test_no_pictures_load_nothing(loaded):
+def test_no_images_load_nothing(loaded):
     assert caption([], MINIATURE, "cpu") == []
     assert text_masks([], "star", 1.0, MINIATURE, "cpu") == []
     assert loaded == []
 
 
-def test_a_text_mask_has_the_pictures_size_and_uses_the_whole_range(pictures, loaded):
+def test_a_text_mask_has_the_images_size_and_uses_the_whole_range(pictures, loaded):
     masks = text_masks(pictures, "shape", 1.0, MINIATURE, "cpu")
     assert _is_gone(loaded)
     for picture, mask in zip(pictures, masks, strict=True):
@@ -108,7 +104,7 @@ def test_what_is_not_there_is_said(pictures, capsys, monkeypatch):
     logits[0] = -9
     monkeypatch.setattr(segment, "_logits", lambda *_: logits)
     text_masks(pictures[:2], "a zebra", 1.0, MINIATURE, "cpu")
-    assert "Picture 2 of 2 hardly shows a zebra" in capsys.readouterr().out
+    assert "Image 2 of 2 hardly shows a zebra" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -123,10 +119,10 @@ def test_a_stage_that_fails_leaves_no_model(pictures, loaded, stage, monkeypatch
     class Cancelled(BaseException):
         """As Cog's, no Exception."""
 
-    def strike(*_):
+    def strike(*_, **__):
         raise Cancelled
 
-    monkeypatch.setattr(captioning, "_describe", strike)
+    monkeypatch.setattr(BlipForConditionalGeneration, "generate", strike)
     monkeypatch.setattr(segment, "_logits", strike)
     with pytest.raises(Cancelled) as caught:
         stage(pictures)
@@ -140,7 +136,7 @@ def test_a_stage_that_fails_leaves_no_model(pictures, loaded, stage, monkeypatch
 
 def test_no_faces_in_the_miniature_edition(pictures):
     with pytest.raises(ModelMissing, match=r"miniature.*WEIGHTS_EDITION=full.*mask_target_prompts"):
-        segment.face_masks(pictures, MINIATURE, "cpu")
+        segment.face_masks(pictures, MINIATURE)
 
 
 @pytest.fixture(scope="module", params=[upscale.SWINIR, upscale.REAL_ESRGAN])
@@ -159,7 +155,7 @@ def test_sizes_are_exact_and_nothing_shifts(upscaler, size, factor):
 
 
 def test_no_strip_at_the_right_and_the_bottom(upscaler):
-    """Each corner of the large picture shows the small one's, also where sides are odd."""
+    """Each corner of the large image shows the small one's, also where sides are odd."""
     picture = render(held_out_scenes(1, seed=3)[0], 45, 37)
     large = upscaler.upscale(picture, FACTOR).resize(picture.size, Image.Resampling.BOX)
     difference = np.abs(np.asarray(large, dtype=float) - np.asarray(picture, dtype=float))
@@ -168,7 +164,7 @@ def test_no_strip_at_the_right_and_the_bottom(upscaler):
 
 
 def test_tiles_leave_no_seams(upscaler):
-    """Away from the borders a picture in tiles equals one in a single piece to 1 of 255."""
+    """Away from the borders an image in tiles equals one in a single piece to 1 of 255."""
     picture = render(held_out_scenes(2, seed=3)[1], 136, 104)
     unit = np.asarray(picture, dtype=np.float32) / 255
     with torch.inference_mode():
@@ -187,9 +183,9 @@ def test_tiles_are_blended_with_weights_that_add_up_to_one():
     assert np.abs(large - run(pixels)).max() < 1e-6
 
 
-def test_a_picture_that_would_become_too_large(upscaler):
+def test_an_image_that_would_become_too_large(upscaler):
     side = int((MAX_IMAGE_PIXELS / FACTOR**2) ** 0.5) + 1
-    with pytest.raises(BadPicture, match=rf"{side}x{side} is too large to upscale"):
+    with pytest.raises(BadImage, match=rf"{side}x{side} is too large to upscale"):
         upscaler.upscale(Image.new("RGB", (side, side)), 2)
 
 

@@ -28,7 +28,7 @@ from training.config import (
     Schedule,
     TrainConfig,
 )
-from training.dataset import TRAINING, Batch, BatchSlots, encode, sample_batch
+from training.dataset import TRAINING, Batch, encode, sample_batch
 from training.errors import (
     DiskFull,
     InvalidTraining,
@@ -265,12 +265,11 @@ def test_one_word_for_all_the_vectors_to_start_from(model):
 
 def first_batch(model: TrainableModel, plan, captions: list[str]) -> Batch:
     items = encode(model.components.vae, small_examples(2), False)
-    where = BatchSlots(TRAINING, 0, range(2), 2)
-    batch = sample_batch(items, where, plan, model.latent_scale, model.n_timesteps)
+    batch = sample_batch(items, TRAINING, 0, range(2), 2, plan, model.noise)
     return replace(batch, captions=captions)
 
 
-def test_the_unet_sees_the_pictures_size(model):
+def test_the_unet_sees_the_images_size(model):
     """cog-sdxl's latents are 512 pixels' whatever the resolution is said to be."""
     plan = resolve(QUICK, model.spec, 4)
     batch = first_batch(model, plan, ["a TOK"] * 2)
@@ -318,15 +317,22 @@ def test_the_teacher_is_the_base_model(model):
 
 def test_prior_by_teacher_and_by_class_images(train):
     class_images = [replace(e, caption="") for e in small_examples(3)]
-    off = train()
-    teacher = train(prior_preservation=Prior.TEACHER, class_prompt="circle")
-    images = train(
-        prior_preservation=Prior.CLASS_IMAGES, class_prompt="a circle", class_images=class_images
+    kinds = (
+        {},
+        {"prior_preservation": Prior.TEACHER, "class_prompt": "circle"},
+        {
+            "prior_preservation": Prior.CLASS_IMAGES,
+            "class_prompt": "a circle",
+            "class_images": class_images,
+        },
     )
-    assert off.history.prior_losses == [None] * 4
-    assert teacher.history.prior_losses[0] == 0
-    assert teacher.history.prior_losses[-1] > 0
-    assert min(images.history.prior_losses) > 0
+    events = [Recorder() for _ in kinds]
+    off, teacher, images = (train(e, **kind) for e, kind in zip(events, kinds, strict=True))
+    none, taught, pictured = ([e.prior_loss for e in recorder.of(StepDone)] for recorder in events)
+    assert none == [None] * 4
+    assert taught[0] == 0
+    assert taught[-1] > 0
+    assert min(pictured) > 0
     assert difference(off, teacher) > 1e-5
     assert difference(off, images) > 1e-5
 

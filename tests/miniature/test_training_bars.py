@@ -1,6 +1,6 @@
 """A training with no options teaches the new word, and leaves the other words alone.
 
-The server's tests train once too, and look at fewer pictures. All methods and priors:
+The server's tests train once too, and look at fewer images. All methods and priors:
 `python -m tests.miniature.training_bars`.
 """
 

@@ -1,6 +1,6 @@
 """What trainings teach, in numbers, on the miniature: `python -m tests.miniature.training_bars`.
 
-Each training gets eight pictures of a shape that the model has never seen, and no options but those
+Each training gets eight images of a shape that the model has never seen, and no options but those
 of its row. Then 16 prompts with the new word are drawn, and the 64 captions of the report card.
 """
 
@@ -48,7 +48,7 @@ class Outcome:
 
 
 class Bench:
-    """The embedded model, and pictures drawn with trained weights in it."""
+    """The embedded model, and images drawn with trained weights in it."""
 
     def __init__(self) -> None:
         self.pipeline = evaluate.load_pipeline(evaluate.FOLDER)
@@ -63,7 +63,7 @@ class Bench:
 
     @torch.inference_mode()
     def draw(self, weights: TrainedWeights | None, count: int = PROMPTS) -> list[Image.Image]:
-        """Pictures of prompts with the new word."""
+        """Images of prompts with the new word."""
         words = weights.trigger_words if weights else {}
         prompts = [replace_trigger_words(p, words) for p in concept.prompts(count, PROMPT_SEED)]
         with self.wearing(weights) as tokenizers:
@@ -130,7 +130,7 @@ def resemblance(pictures: list[Image.Image]) -> float:
 
 
 def class_images(count: int = 16) -> list[Example]:
-    """Pictures of what the model knows, with their captions."""
+    """Images of what the model knows, with their captions."""
     rng = np.random.default_rng(1)
     found = []
     for k in range(count):
@@ -145,7 +145,7 @@ def class_images(count: int = 16) -> list[Example]:
 
 def judge_of_houses() -> tuple[float, float]:
     """Shares of true houses and of other shapes that the template match takes for one."""
-    true = [concept.render(p, k)[0] for k, p in enumerate(concept.pictures(200, 5))]
+    true = [concept.render(p, k)[0] for k, p in enumerate(concept.houses(200, 5))]
     rng = np.random.default_rng(3)
     others = [world.render(world.random_scene(rng), concept.SIDE, concept.SIDE) for _ in range(200)]
     return share(true), share(others)

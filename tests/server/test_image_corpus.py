@@ -41,7 +41,7 @@ def test_a_good_file_becomes_a_picture(server, name):
 def test_a_bad_file_is_refused_with_its_reason(server, name):
     result = send(server, CORPUS[name].data_uri)
     assert result["status"] == "failed"
-    assert "BadPicture: image " in result["error"]
+    assert "BadImage: image " in result["error"]
     assert CORPUS[name].error in result["error"]
     assert str(server.temporary) not in result["error"]
 

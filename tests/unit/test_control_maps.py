@@ -21,7 +21,7 @@ def posed() -> Subject:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", MAPS)
-def test_maps_are_pictures_of_the_scenes_size(name, size):
+def test_maps_are_images_of_the_scenes_size(name, size):
     for subject in (Subject(SCENE), posed()):
         drawn = MAPS[name][0](subject, *size)
         assert drawn.shape == (size[1], size[0], 3)

@@ -54,7 +54,7 @@ def test_several_faces_in_one_photo_make_one_mask(yunet):
         photo((300, 200), (20, 30, 60, 80), (200, 50, 60, 80)),
         photo((200, 300), (80, 100, 50, 70)),
     ]
-    first, second = face_masks(photos, Edition.FULL, "cpu")
+    first, second = face_masks(photos, Edition.FULL)
     assert (first.mode, first.size) == ("L", (300, 200))
     assert first.getpixel((50, 70)) == first.getpixel((230, 90)) == 255
     assert first.getpixel((140, 150)) == FACE_FLOOR
@@ -65,10 +65,10 @@ def test_several_faces_in_one_photo_make_one_mask(yunet):
 
 def test_a_photo_without_a_face_counts_everywhere_and_the_log_says_so(yunet, capsys):
     photos = [photo((64, 64), (20, 20, 20, 20)), photo((64, 48))]
-    masks = face_masks(photos, Edition.FULL, "cpu")
+    masks = face_masks(photos, Edition.FULL)
     assert masks[0].getextrema() == (FACE_FLOOR, 255)
     assert masks[1].getextrema() == (255, 255)
-    assert capsys.readouterr().out == "No face was found in picture 2 of 2: all of it counts\n"
+    assert capsys.readouterr().out == "No face was found in image 2 of 2: it is not masked\n"
 
 
 def test_boxes_are_in_pixels_of_a_large_photo(yunet):
@@ -89,7 +89,7 @@ def test_a_small_photo_is_not_enlarged(yunet, monkeypatch):
             super().__init__(size)
 
     monkeypatch.setattr(cv2, "FaceDetectorYN", Watched)
-    face_masks([photo((90, 60)), photo((3000, 4))], Edition.FULL, "cpu")
+    face_masks([photo((90, 60)), photo((3000, 4))], Edition.FULL)
     assert sizes == [(90, 60), (90, 60), (320, 1), (640, 1)]
 
 

@@ -1,4 +1,4 @@
-"""Pictures from outside: every kind of file, upright, in sRGB, or a clear refusal."""
+"""Images from outside: every kind of file, upright, in sRGB, or a clear refusal."""
 
 import io
 import re
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from preprocess.errors import BadPicture
+from preprocess.errors import BadImage
 from preprocess.images import MAX_IMAGE_PIXELS, _split, read_image, read_mask
 from tests.image_corpus import (
     GREEN,
@@ -59,7 +59,7 @@ def first_pixel(image):
 
 
 def grey_of(sent, image, kind="TIFF"):
-    """What the grey values of a picture have become."""
+    """What the grey values of an image have become."""
     rgb = np.asarray(read_image(sent(encode(image, kind)), "image").rgb)
     assert (rgb == rgb[..., :1]).all()
     return rgb[..., 0].tolist()
@@ -90,7 +90,7 @@ def test_a_good_file(name, sent):
 def test_a_bad_file(name, read, sent):
     sample = CORPUS[name]
     path = sent(sample.content, sample.file_name)
-    with pytest.raises(BadPicture, match=re.escape(sample.error)) as caught:
+    with pytest.raises(BadImage, match=re.escape(sample.error)) as caught:
         read(path, "control_image")
     message = str(caught.value)
     assert message.startswith("control_image ")
@@ -105,9 +105,9 @@ def test_a_bad_file(name, read, sent):
 
 @pytest.mark.parametrize("read", [read_image, read_mask])
 def test_no_file(read, tmp_path):
-    with pytest.raises(BadPicture, match=r"^mask is missing: its file does not exist; send "):
+    with pytest.raises(BadImage, match=r"^mask is missing: its file does not exist; send "):
         read(tmp_path / "nothing", "mask")
-    with pytest.raises(BadPicture, match=r"^mask is a folder; send "):
+    with pytest.raises(BadImage, match=r"^mask is a folder; send "):
         read(tmp_path, "mask")
 
 
@@ -138,7 +138,7 @@ def test_what_decodes_the_newer_formats_is_there():
 def test_the_limit_is_on_pixels(sent, monkeypatch):
     monkeypatch.setattr("preprocess.images.MAX_IMAGE_PIXELS", 64 * 48)
     read_image(sent(encode(plain(), "PNG")), "image")
-    with pytest.raises(BadPicture, match=r"image has 64x49 = 3136 pixels; at most 3072"):
+    with pytest.raises(BadImage, match=r"image has 64x49 = 3136 pixels; at most 3072"):
         read_image(sent(encode(plain(size=(64, 49)), "PNG")), "image")
 
 
@@ -147,14 +147,14 @@ def test_nothing_too_large_is_decoded(sent, monkeypatch):
         raise AssertionError("decoded")
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
-    with pytest.raises(BadPicture, match=f"at most {MAX_IMAGE_PIXELS} are read"):
+    with pytest.raises(BadImage, match=f"at most {MAX_IMAGE_PIXELS} are read"):
         read_image(sent(CORPUS["png-72-megapixels"].content), "image")
 
 
 # --- upright
 
 
-UNDONE = {  # Orientation → how the picture is turned before it is stored so
+UNDONE = {  # Orientation → how the image is turned before it is stored so
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -324,12 +324,12 @@ def test_srgb_stays_as_it_is(sent):
 def test_a_profile_that_is_of_no_use_is_named_in_the_log(sent, capsys):
     read_image(sent(CORPUS["png-damaged-profile"].content), "image")
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("image: its colour profile is ignored")
+    assert line.startswith("image: its color profile is ignored")
     read_mask(sent(CORPUS["png-damaged-profile"].content), "mask")
     assert capsys.readouterr().out == ""
 
 
-def test_a_lab_picture_with_a_profile(sent, capsys):
+def test_a_lab_image_with_a_profile(sent, capsys):
     lab = Image.frombytes("LAB", (1, 1), b"\xff\0\0")
     content = encode(lab, "TIFF", icc_profile=srgb_profile())
     assert min(first_pixel(read_image(sent(content), "image").rgb)) >= 254
@@ -387,7 +387,7 @@ def a_picture_or_a_refusal(path, content: bytes) -> None:
         message = "image "
         try:
             read(path, "image")
-        except BadPicture as error:
+        except BadImage as error:
             message = str(error)
         assert message.startswith("image ")
         assert path.name not in message

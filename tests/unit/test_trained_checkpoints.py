@@ -20,7 +20,6 @@ from tests.trained_files import (
 )
 from weights.errors import BadWeights
 from weights.formats.checkpoint import build_checkpoint_key_map
-from weights.formats.shape_checks import check_fits
 from weights.formats.types import ModelShapes
 from weights.miniature.architecture import build_vae, load_tokenizers
 from weights.miniature.evaluate import FOLDER
@@ -96,8 +95,6 @@ def test_every_parameter_is_read(parts, tensors, read_file, dtype):
     assert not weights.lora
     assert not weights.embeddings
     assert weights.description == f"checkpoint, {len(expected)} parameters"
-    with pytest.raises(BadWeights, match="is a checkpoint that does not fit this model: 434 of"):
-        check_fits(weights, sdxl_shapes(), NAME)
 
 
 def test_it_differs_from_the_base_everywhere(parts):

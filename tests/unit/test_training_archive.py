@@ -3,6 +3,7 @@
 import errno
 import tarfile
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 
 from preprocess import archive
 from preprocess.archive import natural_order, unpacked
-from preprocess.errors import BadArchive, BadCaptions, BadPicture, DiskFull, PreprocessError
+from preprocess.errors import BadArchive, BadCaptions, BadImage, DiskFull, PreprocessError
+from preprocess.image_formats import begins_like_photo, image_suffixes
 from preprocess.images import read_image
-from preprocess.picture_formats import begins_like_photo, picture_suffixes
 from tests.helpers.archives import gz_bytes, tar_bytes, tar_info, zip_bytes
 from tests.image_corpus import corpus, encode, orientation, plain
 from tests.photos import LABEL, SIZE, photo, photos, png_header, zipped
@@ -116,7 +117,7 @@ def test_what_systems_add_is_left_alone(unpack_bytes, capsys, pack):
     assert capsys.readouterr().out == ""
 
 
-def test_folders_are_no_pictures(names_in):
+def test_folders_are_no_images(names_in):
     entry = tar_info("set.jpg/", tarfile.DIRTYPE)
     files = [(tar_info(f"./set.jpg/{n}", size=len(c)), c) for n, c in photos("1", "2").items()]
     assert names_in(tar_bytes([(entry, b""), *files])) == ["set.jpg/1", "set.jpg/2"]
@@ -145,7 +146,7 @@ def test_names_that_are_no_text(names_in):
     assert names_in(tar_bytes(files, tarfile.GNU_FORMAT)) == ["a.jpg", "\ufffd.jpg"]
 
 
-def test_every_kind_of_picture(unpack_bytes):
+def test_every_kind_of_image(unpack_bytes):
     good = {
         f"{k}/{sample.file_name}": sample
         for k, sample in enumerate(corpus())
@@ -177,7 +178,7 @@ def test_alpha_survives_as_a_mask(unpack_bytes):
     assert (np.asarray(alphas[0]) == 64).all()
 
 
-def test_pictures_need_no_ending_others_are_left_with_a_note(unpack_bytes, capsys):
+def test_images_need_no_ending_others_are_left_with_a_note(unpack_bytes, capsys):
     others = {
         "film.mp4": b"\0\0\0\x18ftypmp42",
         "IMG.CR2": b"II*\0",
@@ -188,22 +189,22 @@ def test_pictures_need_no_ending_others_are_left_with_a_note(unpack_bytes, capsy
     with unpack_bytes(zip_bytes(members)) as found:
         assert [p.name for p in found.photos] == ["c.jpeg_large", "IMG_1", "IMG_2.orig"]
     assert capsys.readouterr().out == (
-        "input_images: ignored, as neither a picture nor captions:"
+        "input_images: ignored, as neither an image nor captions:"
         " 'a.pdf', 'film.mp4', 'IMG.CR2', 'z'\n"
     )
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "AVIF", "HEIF", "TIFF", "BMP"])
-def test_which_pictures_need_an_ending(kind):
+def test_which_images_need_an_ending(kind):
     """A camera's raw files begin as TIFF does, and BM may begin a text."""
     assert begins_like_photo(photo(kind=kind)[:64]) is (kind not in ("TIFF", "BMP"))
-    assert f".{kind.lower()}" in picture_suffixes()
+    assert f".{kind.lower()}" in image_suffixes()
 
 
 def test_no_ending_is_of_two_kinds():
-    assert {".jpg", ".jpeg", ".jfif", ".heic", ".heif", ".tif"} <= picture_suffixes()
+    assert {".jpg", ".jpeg", ".jfif", ".heic", ".heif", ".tif"} <= image_suffixes()
     others = {".csv", ".txt", ".json", ".pdf", ".mp4", ".mov", ".dng", ".cr2", ".svg", ".zip", ""}
-    assert not others & picture_suffixes()
+    assert not others & image_suffixes()
 
 
 def test_nobodys_names_are_written(unpack_bytes, folder):
@@ -261,40 +262,40 @@ BAD = {
     "noise": (bytes(range(256)), BadArchive, "of an unknown kind", "send a zip, tar"),
     "empty tar": (tar_bytes({}), BadArchive, "of an unknown kind", "send a zip, tar"),
     "empty zip": (zip_bytes({}), BadArchive, "but nothing at all", "send a zip, tar"),
-    "only folders": (zip_bytes({"x/": b""}), BadArchive, "holds no picture", "send a zip, tar"),
+    "only folders": (zip_bytes({"x/": b""}), BadArchive, "holds no image", "send a zip, tar"),
     "only a Mac's doubles": (
         tar_bytes({"._a.jpg": ONE, "__MACOSX/b.jpg": ONE}),
-        BadArchive, "holds no picture, but nothing at all", "send a zip",
+        BadArchive, "holds no image, but nothing at all", "send a zip",
     ),
-    "only a video": (zip_bytes({"a.mp4": b"x"}), BadArchive, "no picture, but 'a.mp4'", "send a"),
-    "only captions": (zip_bytes({"a.txt": b"x"}), BadArchive, "no picture, but 'a.txt'", "send a"),
+    "only a video": (zip_bytes({"a.mp4": b"x"}), BadArchive, "no image, but 'a.mp4'", "send a"),
+    "only captions": (zip_bytes({"a.txt": b"x"}), BadArchive, "no image, but 'a.txt'", "send a"),
     "archive in archive": (
         zip_bytes({"photos.zip": zip_bytes(GOOD)}),
-        BadArchive, "no picture, but 'photos.zip'", "send a zip",
+        BadArchive, "no image, but 'photos.zip'", "send a zip",
     ),
     "one image": (
         zip_bytes({"a.jpg": ONE}),
-        BadArchive, "holds one picture, 'a.jpg'; at least 2 are needed", "send more",
+        BadArchive, "holds one image, 'a.jpg'; at least 2 are needed", "send more",
     ),
-    "same name twice": (twice(), BadArchive, "holds 'a.jpg' twice", "pack it anew"),
+    "same name twice": (twice(), BadArchive, "holds 'a.jpg' twice", "pack it again"),
     "4 pixels": (
         good_and("c.png", photo(size=(2, 2), kind="PNG")),
-        BadPicture, "'c.png' is 2x2 pixels; each side needs at least 64", "send a larger",
+        BadImage, "'c.png' is 2x2 pixels; each side needs at least 64", "send a larger",
     ),
     "a line": (
         good_and("c.png", photo(size=(1000, 63), kind="PNG")),
-        BadPicture, "is 1000x63 pixels", "send a larger",
+        BadImage, "is 1000x63 pixels", "send a larger",
     ),
     "text named jpg": (
         good_and("c.jpg", b"hello"),
-        BadPicture, "'c.jpg' is not a picture that can be read (5 bytes", "send a PNG",
+        BadImage, "'c.jpg' is not an image that can be read (5 bytes", "send a PNG",
     ),
-    "empty picture": (good_and("x/c.png", b""), BadPicture, "'x/c.png' is an empty", "send a PNG"),
-    "PDF named png": (good_and("c.png", b"%PDF-1.7"), BadPicture, "a PDF document", "send a PNG"),
-    "start of a JPEG": (good_and("c", ONE[:9]), BadPicture, "'c' is ", "send "),
+    "empty picture": (good_and("x/c.png", b""), BadImage, "'x/c.png' is an empty", "send a PNG"),
+    "PDF named png": (good_and("c.png", b"%PDF-1.7"), BadImage, "a PDF document", "send a PNG"),
+    "start of a JPEG": (good_and("c", ONE[:9]), BadImage, "'c' is ", "send "),
     "200 megapixels": (
         good_and("c.png", png_header(20_000, 10_000)),
-        BadPicture, "has 200000000 pixels", "send a smaller",
+        BadImage, "has 200000000 pixels", "send a smaller",
     ),
     "encrypted": (encrypted(), BadArchive, "is encrypted", "without a password"),
     "lzma": (zip_bytes(GOOD, zipfile.ZIP_LZMA), BadArchive, "a rare zip compression", "deflate"),
@@ -350,23 +351,23 @@ def test_a_bad_archive_is_refused_and_named(names_in, tmp_path, content, error, 
 LIMITS = {
     # name: (limits, content, what the message has to say)
     "packed bytes": ({"MAX_ARCHIVE_BYTES": 99}, zip_bytes(GOOD), "at most 99 are read"),
-    "members": ({"MAX_MEMBERS": 2}, good_and("x.mp4", b""), "has more than 2 members"),
-    "pictures": ({"MAX_PICTURES": 2}, zipped("a.jpg", "b.jpg", "c.jpg"), "more than 2 pictures"),
+    "members": ({"members": 2}, good_and("x.mp4", b""), "has more than 2 members"),
+    "pictures": ({"MAX_IMAGES": 2}, zipped("a.jpg", "b.jpg", "c.jpg"), "more than 2 images"),
     "a picture": (
-        {"MAX_PICTURE_BYTES": 9},
+        {"MAX_IMAGE_BYTES": 9},
         zip_bytes(GOOD),
         f"holds 'a.jpg' of {len(GOOD['a.jpg'])} bytes; 9 are allowed",
     ),
     "a text": ({"MAX_TEXT_BYTES": 9}, good_and("a.txt", bytes(10)), "holds 'a.txt' of 10 bytes"),
-    "zip, expanded": ({"MAX_EXPANDED_BYTES": 999}, zip_bytes(GOOD), "holds more than 999 bytes"),
-    "tar, expanded": ({"MAX_EXPANDED_BYTES": 999}, tar_bytes(GOOD), "holds more than 999 bytes"),
+    "zip, expanded": ({"total_bytes": 999}, zip_bytes(GOOD), "holds more than 999 bytes"),
+    "tar, expanded": ({"total_bytes": 999}, tar_bytes(GOOD), "holds more than 999 bytes"),
     "zip bomb": (
-        {"FREE_BYTES": 99_999},
+        {"free_bytes": 99_999},
         zip_bytes({"a.bmp": bytes(2_000_000)}),
         "expands to more than 200 times its size",
     ),
     "tar.gz bomb": (
-        {"FREE_BYTES": 99_999},
+        {"free_bytes": 99_999},
         bomb({"x.mp4": bytes(2_000_000)}),
         "expands to more than 200 times its size",
     ),
@@ -376,14 +377,17 @@ LIMITS = {
 @pytest.mark.parametrize(("limits", "content", "fault"), LIMITS.values(), ids=LIMITS)
 def test_every_limit_holds(names_in, monkeypatch, limits, content, fault):
     for name, value in limits.items():
-        monkeypatch.setattr(archive, name, value)
+        if name.isupper():
+            monkeypatch.setattr(archive, name, value)
+        else:
+            monkeypatch.setattr(archive, "LIMITS", replace(archive.LIMITS, **{name: value}))
     with pytest.raises(BadArchive) as caught:
         names_in(content)
     check_refusal(str(caught.value), fault, "")
 
 
 def test_a_large_film_is_not_even_written(names_in, monkeypatch):
-    monkeypatch.setattr(archive, "MAX_PICTURE_BYTES", 5000)
+    monkeypatch.setattr(archive, "MAX_IMAGE_BYTES", 5000)
     assert names_in(good_and("film.mp4", bytes(5001))) == ["a.jpg", "b.jpg"]
 
 

@@ -20,7 +20,7 @@ AB = ("a.jpg", "b.jpg")
 def captions_in(tmp_path):
     """The captions of photos of these names, with these texts beside them."""
 
-    def read(names, texts, automatic=True):
+    def read(names, texts):
         path = tmp_path / "sent"
         encoded = {n: t.encode() if isinstance(t, str) else t for n, t in texts.items()}
         path.write_bytes(zip_bytes(photos(*names) | encoded))
@@ -28,7 +28,7 @@ def captions_in(tmp_path):
         folder.mkdir()
         try:
             with unpacked(path, LABEL, folder) as found:
-                return read_captions(found, automatic)
+                return read_captions(found)
         finally:
             assert list(folder.iterdir()) == []
             folder.rmdir()
@@ -150,15 +150,8 @@ def test_photos_without_captions_get_automatic_ones(captions_in, capsys):
     texts = {"a.txt": "a TOK", "b.txt": " \n"}
     assert captions_in((*AB, "c.jpg"), texts) == {"a.jpg": "a TOK", "b.jpg": None, "c.jpg": None}
     assert capsys.readouterr().out == (
-        "input_images: 2 of 3 pictures have no caption, 'b.jpg', 'c.jpg': captioned automatically\n"
+        "input_images: 2 of 3 images have no caption, 'b.jpg', 'c.jpg': captioned automatically\n"
     )
-
-
-@pytest.mark.parametrize("texts", [{}, {"a.txt": "a TOK"}])
-def test_or_an_error(captions_in, texts):
-    with pytest.raises(BadCaptions, match=r"'b.jpg'; write them, or allow automatic captions"):
-        captions_in(AB, texts, automatic=False)
-    assert captions_in(AB, {"c.csv": TABLE}, automatic=False) == BOTH
 
 
 # --- what is refused
@@ -179,13 +172,13 @@ BAD = {
     "a column twice": (
         {"c.csv": "caption,caption,image_file\n1,2,a.jpg"}, "needs one column caption", "begin it",
     ),
-    "only a header": ({"c.csv": "caption,image_file\n"}, "has no rows", "one for each picture"),
+    "only a header": ({"c.csv": "caption,image_file\n"}, "has no rows", "one for each image"),
     "unknown picture": (
         {"c.csv": TABLE + "a TOK,monster (6).jpg"},
         "'c.csv', line 4 has a caption for 'monster (6).jpg', and there is no such", "correct",
     ),
     "another ending": ({"c.csv": "caption,image_file\nx,a.png"}, "for 'a.png', and", "correct"),
-    "no picture named": ({"c.csv": TABLE + "a TOK,"}, "line 4 names no picture", "write its"),
+    "no picture named": ({"c.csv": TABLE + "a TOK,"}, "line 4 names no image", "write its"),
     "commas": (
         {"c.csv": "image_file,caption\na.jpg,a TOK, red\n"},
         "line 2 has 3 cells, and the first line 2", "into quotes",

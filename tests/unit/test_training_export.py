@@ -29,7 +29,7 @@ from training.config import LoraFormat, Method
 from training.errors import DiskFull
 from training.loop import Trained
 from training.progress import History
-from weights.formats import write as trained_export
+from weights.formats import write as formats
 from weights.formats.types import LoraDelta, Pooling, TokenVectors, TrainedWeights
 from weights.formats.write import (
     cog_sdxl_lora,
@@ -272,7 +272,7 @@ def test_a_full_disk_names_the_folder_and_leaves_nothing(tmp_path, monkeypatch):
         path.write_bytes(b"a part")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(trained_export, "write_safetensors", fail)
-    with pytest.raises(DiskFull, match=r"does not fit into .*: the disk is full; free some room"):
+    monkeypatch.setattr(formats, "write_safetensors", fail)
+    with pytest.raises(DiskFull, match=r"do not fit into .*: the disk is full; free some room"):
         write(tmp_path, trained_weights(attention_modules()))
     assert list(tmp_path.iterdir()) == []

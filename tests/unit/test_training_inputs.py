@@ -77,7 +77,7 @@ def settings(tmp_path, monkeypatch, cpp_compiler):
 
     def make(*flags: str) -> list[object]:
         made: list[object] = []
-        resolve = boundary.resolve
+        resolve = run.resolve
 
         def note(config, spec, n_examples):
             made.append(config)
@@ -88,7 +88,7 @@ def settings(tmp_path, monkeypatch, cpp_compiler):
             raise Reached
 
         with monkeypatch.context() as patch:
-            patch.setattr(boundary, "resolve", note)
+            patch.setattr(run, "resolve", note)
             patch.setattr(run, "prepare", stop)
             inputs = parse_inputs(["input_images=@photos.zip", *flags], SCHEMA, COMPONENT, tmp_path)
             with pytest.raises(Reached):

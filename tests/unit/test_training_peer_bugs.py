@@ -13,7 +13,7 @@ from PIL import Image
 
 from preprocess.archive import unpacked
 from preprocess.captions import check_trigger_word, read_captions
-from preprocess.crop import centre_of_mass, crop
+from preprocess.crop import center_of_mass, crop
 from preprocess.errors import PreprocessError
 from preprocess.images import read_image
 from tests.helpers.archives import gz_bytes, tar_bytes, zip_bytes
@@ -47,7 +47,7 @@ def see(tmp_path):
                 read = [read_image(p.path, p.label) for p in found.photos]
                 return Seen(
                     [p.name for p in found.photos],
-                    read_captions(found, automatic=True),
+                    read_captions(found),
                     [r.rgb for r in read],
                     [r.alpha for r in read],
                 )
@@ -76,7 +76,10 @@ def told_size(see):
     """The time ids of a photo of 200 x 100 in a bucket of 128 x 96."""
     picture, mask = Image.new("RGB", (200, 100)), Image.new("L", (200, 100), 255)
     taken = crop(picture, mask, (128, 96), (0, 0), None)
-    return (taken.image.size, taken.time_ids)
+    return (
+        taken.image.size,
+        (*taken.original_size[::-1], *taken.crop_top_left, *taken.image.size[::-1]),
+    )
 
 
 def lit_corner(see):
@@ -85,7 +88,7 @@ def lit_corner(see):
     lying.paste((255, 255, 255), (0, 0, 80, 40))
     content = encode(lying, "JPEG", exif=orientation(6))  # to be turned a quarter clockwise
     picture = see(zip_bytes({"a.jpg": content, "b.jpg": photo()})).pictures[0]
-    return (picture.size, centre_of_mass(picture.convert("L"))[0] > 40)
+    return (picture.size, center_of_mass(picture.convert("L"))[0] > 40)
 
 
 def transparent(see):
@@ -126,7 +129,7 @@ BUGS = [
      {"m (1).jpg": "1", "m (2).jpg": "2", "m (10).jpg": "10"}),
     ("B5", "never looks whether a row's file exists", refusal(zip_bytes(
         AB | {"caption.csv": b"caption,image_file\nTOK,c.jpg\nTOK,d.jpg"})),
-     "'caption.csv', line 2 has a caption for 'c.jpg', and there is no such picture"),
+     "'caption.csv', line 2 has a caption for 'c.jpg', and there is no such image"),
     ("B5", "takes the last of two tables", refusal(zip_bytes(
         AB | {"caption.csv": ROWS, "old/caption.csv": ROWS})),
      "input_images holds 2 .csv files, 'caption.csv' and 'old/caption.csv'"),
@@ -155,7 +158,7 @@ BUGS = [
     ("B13", "makes 16-bit pictures white", sixteen_bit, (128, 128, 128)),
     ("1.2", "unpacks a text named .jpg, and fails without its name", refusal(zip_bytes(
         AB | {"c.jpg": b"x"})),
-     "'c.jpg' is not a picture that can be read (1 bytes, of an unknown kind)"),
+     "'c.jpg' is not an image that can be read (1 bytes, of an unknown kind)"),
 ]  # fmt: skip
 
 

@@ -64,7 +64,7 @@ SETTINGS = {
             "prior_preservation": "class_images", "class_prompt": "a dog",
             "class_images": zip_bytes({}),
         },
-        "class_images holds no picture", "send",
+        "class_images holds no image", "send",
     ),
     "no room for a batch": (GOOD, {"train_batch_size": "65"}, "train_batch_size", "64"),
     "not a number": (GOOD, {"seed": "one"}, "seed", "integer"),

@@ -25,7 +25,7 @@ EXAMPLE = Example(
 def history() -> History:
     course = History()
     for step in range(1, 41):
-        course.record(StepDone(step, 1 / step, None, {"lora": 1e-3}, 0.1))
+        course.record(StepDone(step, 1 / step, None, {"lora": 1e-3}))
     course.record(TokensFrozen(20))
     course.record(HeldOutLoss(40, 0.5))
     return course
@@ -62,7 +62,7 @@ def test_the_page_shows_everything_in_itself():
     tags = Tags()
     tags.feed(page())
     assert tags.open == []
-    assert tags.seen.count("img") == 3  # the picture, its mask, the preview
+    assert tags.seen.count("img") == 3  # the image, its mask, the preview
     assert tags.seen.count("circle") == 1
     assert tags.seen.count("h2") == 4
     assert not re.search(r'(src|href)="(?!data:)', page())

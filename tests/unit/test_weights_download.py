@@ -4,6 +4,9 @@ import errno
 import hashlib
 import os
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -28,6 +31,8 @@ from weights.read_ahead import read_ahead
 
 workplace = fake_hub.workplace
 BIG_BYTES = len(TOY_FILES[BIG])
+SINGLE_PATH = f"files/{SINGLE}"
+PART_NAME = hashlib.sha256(SINGLE_CONTENT).hexdigest()
 
 
 def fetch() -> Path:
@@ -44,6 +49,10 @@ def files_below(folder: Path) -> dict[str, bytes]:
     }
 
 
+def hidden_files(root: Path) -> set[str]:
+    return {p.name for p in root.rglob("*") if p.is_file() and "/." in str(p.relative_to(root))}
+
+
 def partial_files(root: Path) -> list[Path]:
     return [p for p in root.rglob(f"{transfer.PARTIAL_FOLDER}/*") if p.is_file()]
 
@@ -57,7 +66,7 @@ def test_a_clean_download_is_the_hubs_layout_and_is_not_repeated(workplace: Work
     folder = fetch()
     assert files_below(folder) == TOY_FILES
     assert partial_files(workplace.cache) == []
-    assert len(workplace.hub.api_requests) == 1
+    assert workplace.hub.api_requests == [f"{TOY_REPO}/revision/main", f"{TOY_REPO}/tree/{COMMIT}"]
     workplace.hub.forget()
     assert fetch() == folder
     assert cache.is_present("toy", Edition.FULL)
@@ -102,21 +111,36 @@ def test_a_cut_connection_is_resumed_where_it_was_cut(workplace: Workplace, entr
     assert (second.range, second.status) == ("bytes=40000-", 206)
     size = BIG_BYTES if entry == "toy" else len(SINGLE_CONTENT)
     assert workplace.hub.bytes_sent(file) == size  # not one byte twice
-    assert len(workplace.waits_s) == 1
 
 
-def test_a_download_that_gave_up_is_resumed_by_the_next_call(workplace: Workplace):
-    tries = retry.RETRY.tries
-    workplace.hub.misbehave[BIG] = [Misbehaviour(cut_after=1_000)] * tries
-    with pytest.raises(errors.TransferFailed, match=rf"{BIG} from .*gave up.*run again"):
+def fetch_single() -> bytes:
+    """The entry at a plain address, which is downloaded by ourselves."""
+    return (cache.ensure("single", Edition.FULL) / SINGLE).read_bytes()
+
+
+def test_a_download_that_gave_up_keeps_the_files_that_were_finished(workplace: Workplace):
+    workplace.hub.misbehave[BIG] = [Misbehaviour(cut_after=0)] * 50
+    with pytest.raises(errors.TransferFailed, match=rf"{TOY_REPO}.*gave up.*run again"):
         fetch()
     assert_final_name_absent(workplace.cache, BIG)
-    assert [p.stat().st_size for p in partial_files(workplace.cache)] == [1_000 * tries]
+    workplace.hub.misbehave.clear()
     workplace.hub.forget()
     assert files_below(fetch()) == TOY_FILES
-    (request,) = workplace.hub.served(BIG)
+    assert [request.path for request in workplace.hub.requests] == [BIG]
+    assert hidden_files(workplace.cache) == {cache.COMPLETE}
+
+
+def test_a_file_at_an_address_that_gave_up_is_resumed_by_the_next_call(workplace: Workplace):
+    tries = retry.CATALOG_RETRIES.tries
+    workplace.hub.misbehave[SINGLE_PATH] = [Misbehaviour(cut_after=1_000)] * tries
+    with pytest.raises(errors.TransferFailed, match=rf"{SINGLE} from .*gave up.*run again"):
+        fetch_single()
+    assert not cache.is_present("single", Edition.FULL)
+    assert [p.stat().st_size for p in partial_files(workplace.cache)] == [1_000 * tries]
+    workplace.hub.forget()
+    assert fetch_single() == SINGLE_CONTENT
+    (request,) = workplace.hub.served(SINGLE_PATH)
     assert request.range == f"bytes={1_000 * tries}-"
-    assert workplace.hub.served("model_index.json") == []  # finished the first time
 
 
 def test_a_server_that_ignores_range_restarts_the_file(workplace: Workplace):
@@ -128,10 +152,14 @@ def test_a_server_that_ignores_range_restarts_the_file(workplace: Workplace):
 def test_progress_starts_the_count_of_failures_again(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(retry, "PROGRESS_BYTES", 10_000)
-    workplace.hub.misbehave[BIG] = [Misbehaviour(cut_after=20_000)] * (retry.RETRY.tries + 3)
+    monkeypatch.setattr(transfer, "PROGRESS_BYTES", 1_000)
+    cuts = retry.CATALOG_RETRIES.tries + 3
+    workplace.hub.misbehave[SINGLE_PATH] = [Misbehaviour(cut_after=2_000)] * cuts
+    assert fetch_single() == SINGLE_CONTENT
+    assert len(workplace.hub.served(SINGLE_PATH)) == cuts + 1
+    workplace.hub.misbehave[BIG] = [Misbehaviour(cut_after=20_000)] * cuts
     assert files_below(fetch()) == TOY_FILES
-    assert len(workplace.hub.served(BIG)) == retry.RETRY.tries + 4
+    assert len(workplace.hub.served(BIG)) == cuts + 1
 
 
 @pytest.mark.parametrize(
@@ -141,12 +169,14 @@ def test_progress_starts_the_count_of_failures_again(
 )
 def test_wrong_bytes_are_refused_and_nothing_is_left(workplace: Workplace, wrong: bytes):
     workplace.hub.misbehave[BIG] = [Misbehaviour(replace_with=wrong)] * 3
-    sha256 = hashlib.sha256(TOY_FILES[BIG]).hexdigest()
-    with pytest.raises(errors.ChecksumMismatch, match=rf"{BIG} from http.*{sha256}.*Try again"):
+    with pytest.raises(errors.ChecksumMismatch, match=rf"{BIG}.*Try again") as caught:
         fetch()
+    if len(wrong) == BIG_BYTES:
+        assert hashlib.sha256(TOY_FILES[BIG]).hexdigest() in str(caught.value)
     assert len(workplace.hub.served(BIG)) == 1
-    assert partial_files(workplace.cache) == []
     assert_final_name_absent(workplace.cache, BIG)
+    workplace.hub.misbehave.clear()
+    assert files_below(fetch()) == TOY_FILES
 
 
 def test_wrong_bytes_in_a_small_file_are_refused_by_its_git_hash(workplace: Workplace):
@@ -157,28 +187,30 @@ def test_wrong_bytes_in_a_small_file_are_refused_by_its_git_hash(workplace: Work
     assert_final_name_absent(workplace.cache, "model_index.json")
 
 
+def write_part(workplace: Workplace, content: bytes) -> None:
+    folder = workplace.cache / "single" / PART_NAME[:16] / transfer.PARTIAL_FOLDER
+    folder.mkdir(parents=True)
+    (folder / PART_NAME).write_bytes(content)
+
+
 def test_a_spoilt_part_is_thrown_away_and_the_file_fetched_anew(workplace: Workplace):
-    part = workplace.cache / "toy" / "main" / transfer.PARTIAL_FOLDER
-    part.mkdir(parents=True)
-    (part / hashlib.sha256(TOY_FILES[BIG]).hexdigest()).write_bytes(b"rubbish")
-    assert files_below(fetch()) == TOY_FILES
-    assert [r.range for r in workplace.hub.served(BIG)] == ["bytes=7-", None]
+    write_part(workplace, b"rubbish")
+    assert fetch_single() == SINGLE_CONTENT
+    assert [r.range for r in workplace.hub.served(SINGLE_PATH)] == ["bytes=7-", None]
 
 
-@pytest.mark.parametrize("length", [BIG_BYTES, BIG_BYTES + 10], ids=["full length", "too long"])
-def test_a_spoilt_part_of_any_length_does_not_block(workplace: Workplace, length: int):
-    part = workplace.cache / "toy" / "main" / transfer.PARTIAL_FOLDER
-    part.mkdir(parents=True)
-    (part / hashlib.sha256(TOY_FILES[BIG]).hexdigest()).write_bytes(b"z" * length)
-    assert files_below(fetch()) == TOY_FILES
-    assert [r.range for r in workplace.hub.requests if r.path == BIG] == [None]
+@pytest.mark.parametrize("more", [0, 10], ids=["full length", "too long"])
+def test_a_spoilt_part_of_any_length_does_not_block(workplace: Workplace, more: int):
+    write_part(workplace, b"z" * (len(SINGLE_CONTENT) + more))
+    assert fetch_single() == SINGLE_CONTENT
+    assert [r.range for r in workplace.hub.served(SINGLE_PATH)] == [None]
 
 
 def test_a_part_longer_than_the_servers_file_is_thrown_away(workplace: Workplace):
     short = Misbehaviour(replace_with=b"s" * 5_000)
-    workplace.hub.misbehave[BIG] = [Misbehaviour(cut_after=9_000), short]
-    assert files_below(fetch()) == TOY_FILES
-    assert [r.status for r in workplace.hub.requests if r.path == BIG] == [200, 416, 200]
+    workplace.hub.misbehave[SINGLE_PATH] = [Misbehaviour(cut_after=9_000), short]
+    assert fetch_single() == SINGLE_CONTENT
+    assert [r.status for r in workplace.hub.requests] == [200, 416, 200]
 
 
 class Refusal(NamedTuple):
@@ -256,8 +288,7 @@ def test_a_busy_server_is_given_the_time_it_asks_for(workplace: Workplace, statu
     assert files_below(fetch()) == TOY_FILES
     asked, ours = workplace.waits_s
     assert asked == 7.0
-    first = retry.RETRY.first_wait_s
-    assert first * 2 * 0.5 <= ours <= first * 2  # the second failure in a row
+    assert 2 <= ours <= 3  # the second failure in a row
 
 
 def test_patience_ends(workplace: Workplace):
@@ -265,8 +296,8 @@ def test_patience_ends(workplace: Workplace):
     with pytest.raises(errors.TransferFailed, match=r"503.*gave up after 6 failures"):
         fetch()
     waits = workplace.waits_s
-    assert len(waits) == retry.RETRY.tries - 1
-    assert all(2**n * 0.5 <= wait <= 2**n for n, wait in enumerate(waits))
+    assert len(waits) == retry.CATALOG_RETRIES.tries - 1
+    assert all(2**n <= wait <= 2**n + 1 for n, wait in enumerate(waits))
     workplace.hub.misbehave[BIG] = [
         Misbehaviour(status=429, headers=(("Retry-After", "86400"),)),
     ]
@@ -284,7 +315,7 @@ def test_a_server_that_is_not_there(workplace: Workplace, monkeypatch: pytest.Mo
     workplace.waits_s.clear()
     with pytest.raises(errors.TransferFailed, match=r"127.0.0.1:1"):
         fetch()
-    assert len(workplace.waits_s) == retry.RETRY.tries - 1
+    assert len(workplace.waits_s) == retry.CATALOG_RETRIES.tries - 1
 
 
 def test_retry_after_as_a_date():
@@ -315,38 +346,80 @@ def test_a_disk_without_room_is_noticed_before_the_first_byte(
     assert files_below(fetch()) == TOY_FILES
 
 
-def test_a_disk_that_fills_up_on_the_way(workplace: Workplace, monkeypatch: pytest.MonkeyPatch):
-    room = 100_000
+ROOM_BYTES = 30_000
+
+
+class FullDisk:
+    """A file on a disk with no more room."""
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self.file, self.path = file, path
+        self.tell = file.tell
+
+    def __enter__(self) -> "FullDisk":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def write(self, data: bytes) -> int:
+        left = ROOM_BYTES - self.file.tell()
+        if left <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        return self.file.write(data[:left])
+
+
+@pytest.mark.parametrize(
+    ("entry", "file"), [("toy", BIG), ("single", SINGLE_PATH)], ids=["hub", "address"]
+)
+def test_a_disk_that_fills_up_on_the_way(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, entry: str, file: str
+):
     real_open = Path.open
 
-    class FullDisk:
-        def __init__(self, file, path):
-            self.file, self.path = file, path
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def write(self, data):
-            left = room - self.path.stat().st_size
-            if left <= 0:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return self.file.write(data[:left])
-
-    def open_on_full_disk(self, mode="r", *args, **kwargs):
-        file = real_open(self, mode, *args, **kwargs)
-        return FullDisk(file, self) if mode == "ab" else file
+    def open_on_full_disk(self: Path, mode: str = "r", *args: object, **options: object):
+        opened = real_open(self, mode, *args, **options)
+        return FullDisk(opened, self) if mode in ("ab", "wb") else opened
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", open_on_full_disk)
-        with pytest.raises(errors.DiskFull, match=rf"{BIG} from .*{BIG_BYTES - room} bytes"):
-            fetch()
-    assert_final_name_absent(workplace.cache, BIG)
+        with pytest.raises(errors.DiskFull, match=r"the disk .*full.*WEIGHTS_CACHE"):
+            cache.ensure(entry, Edition.FULL)
+    assert not cache.is_present(entry, Edition.FULL)
+    assert not list((workplace.cache / entry).rglob(Path(file).name))
     workplace.hub.forget()
+    cache.ensure(entry, Edition.FULL)
+    (request,) = workplace.hub.served(file)
+    assert request.range == (None if entry == "toy" else f"bytes={ROOM_BYTES}-")
+
+
+def test_a_cancelled_download_ends_at_once(workplace: Workplace):
+    """Cancellation is an exception in the main thread, while huggingface_hub's threads go on."""
+    held = Misbehaviour(hold_after=100_000)
+    workplace.hub.misbehave[BIG] = [held]
+
+    class Cancelled(BaseException):
+        pass
+
+    def cancel(*_: object) -> None:
+        threading.Timer(0.5, held.release.set).start()  # the next bytes arrive
+        raise Cancelled
+
+    def when_held() -> None:
+        while not workplace.hub.served(BIG):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGALRM)
+
+    before = signal.signal(signal.SIGALRM, cancel)
+    watcher = threading.Thread(target=when_held, daemon=True)
+    try:
+        watcher.start()
+        with pytest.raises(Cancelled):
+            fetch()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert_final_name_absent(workplace.cache, BIG)
     assert files_below(fetch()) == TOY_FILES
-    assert [r.range for r in workplace.hub.served(BIG)] == [f"bytes={room}-"]
 
 
 def test_offline_mode_forbids_downloads_and_allows_what_is_there(

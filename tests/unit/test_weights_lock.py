@@ -72,13 +72,13 @@ def test_lock_without_names_locks_every_hub_entry(
     assert set(lock.read_lock()) == {"toy"}  # "single" has its sha256 in the catalog
 
 
-def test_a_locked_entry_needs_no_question_to_the_hub(workplace: Workplace):
+def test_a_locked_entry_is_the_locked_commit(workplace: Workplace):
     write_toy_lock()
     workplace.hub.forget()
     folder = cache.ensure("toy", Edition.FULL)
     assert folder.name == COMMIT
     assert {file: (folder / file).read_bytes() for file in TOY_FILES} == TOY_FILES
-    assert workplace.hub.api_requests == []
+    assert workplace.hub.api_requests == [f"{TOY_REPO}/tree/{COMMIT}"]
     assert len(workplace.hub.requests) == len(TOY_FILES)
 
 

@@ -1,7 +1,6 @@
 """Read an untrusted tar, tar.gz or zip member by member; nothing is ever extracted by its name.
 
-The one reader of archives: of trained weights (`weights.formats.trained_archive`) and of a
-training's photos (`preprocess.archive`). Use:
+For trained weights (`weights.formats.trained_archive`) and photos (`preprocess.archive`):
 
     with path.open("rb") as file:
         container = find_archive(file.read(512))        # None: not an archive
@@ -12,8 +11,7 @@ training's photos (`preprocess.archive`). Use:
     except ArchiveError as error:
         raise BadArchive(f"{label} {error.fault}. {error.remedy}.") from error
 
-Every member counts towards the limits and is checked, wanted or not. A caller decides what a member
-is for; this module only guarantees that reading it is safe.
+Every member is checked and counts towards the limits, wanted or not.
 """
 
 import gzip
@@ -24,7 +22,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -38,6 +36,8 @@ CHUNK_BYTES = 1_000_000
 MAX_ZIP_DIRECTORY_BYTES = 4_000_000  # 10,000 members with long names
 MAX_TAR_HEADER_BYTES = 100_000  # of one member, extended headers (pax, GNU long names) included
 _TAR_BUFFER_BYTES = 65_536
+_OUTSIZED_HEADER = ("has outsized extended headers", "Pack it again as tar")
+_NEGATIVE_SIZE = ("has a member of negative size", "Pack it again as tar")
 
 # NotImplementedError: a feature of zip that Python lacks; RuntimeError: a password; the others:
 # zipfile's response to numbers that make no sense.
@@ -60,7 +60,7 @@ class ArchiveError(Exception):
     def __init__(self, fault: str, remedy: str) -> None:
         super().__init__(f"{fault}. {remedy}.")
         self.fault = fault  # "is encrypted", to follow the archive's label
-        self.remedy = remedy  # "Pack it without a password", without its full stop
+        self.remedy = remedy  # "Pack it without a password"
 
 
 class Container(Enum):
@@ -88,12 +88,12 @@ class Member:
 
     name: str  # as in the archive: for messages and suffixes, never as a path on disk
     size: int  # bytes, as declared; no more than these are ever read
-    _open: Callable[[], AbstractContextManager[IO[bytes]]]
+    _content: AbstractContextManager[IO[bytes]]
     _container: Container
 
     def save(self, path: Path) -> None:
         """Write the content to the new file `path`. Raises ArchiveError if it is damaged."""
-        with _faults(self._container), self._open() as stream, path.open("xb") as file:
+        with _faults(self._container), self._content as stream, path.open("xb") as file:
             shutil.copyfileobj(stream, file, CHUNK_BYTES)
         if path.stat().st_size != self.size:
             raise ArchiveError(f"is cut short in {quote(self.name)}", "Get it again")
@@ -141,7 +141,7 @@ def _faults(container: Container) -> Iterator[None]:
 
 @dataclass
 class _Tally:
-    """What has been read so far. Refuses bombs, and names that lead out of a folder."""
+    """Counts what is read. Refuses bombs, and names that lead out of a folder."""
 
     limits: Limits
     packed_bytes: int
@@ -166,9 +166,8 @@ class _Tally:
             raise ArchiveError(f"has more than {self.limits.members} members", self.limits.remedy)
         path = name.replace("\\", "/")
         if path.startswith("/") or path[1:2] == ":" or ".." in path.split("/") or "\0" in path:
-            raise ArchiveError(
-                f"has a member that points outside of it, {quote(name)}", "Pack it with plain names"
-            )
+            fault = f"has a member that points outside of it, {quote(name)}"
+            raise ArchiveError(fault, "Pack it with plain names")
         if not regular:
             raise ArchiveError(
                 f"has a member that is not a regular file, {quote(name)}",
@@ -183,9 +182,9 @@ class _TarMember(tarfile.TarInfo):
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         info = super().frombuf(buf, encoding, errors)
         if info.size < 0:
-            raise ArchiveError("has a member of negative size", "Pack it again as tar")
+            raise ArchiveError(*_NEGATIVE_SIZE)
         if info.type in _EXTENDED_HEADERS and info.size > MAX_TAR_HEADER_BYTES:
-            raise _outsized_header()
+            raise ArchiveError(*_OUTSIZED_HEADER)
         return info
 
     @classmethod
@@ -197,11 +196,6 @@ class _TarMember(tarfile.TarInfo):
                 raise
             with _faults(Container.TAR):  # tarfile would end here, without a word
                 raise
-
-    @property
-    def is_sparse(self) -> bool:
-        """Whether the member's content is a map of pieces and not its bytes."""
-        return self.issparse() or any(key.startswith("GNU.sparse.") for key in self.pax_headers)
 
 
 class _TarStream(io.RawIOBase):
@@ -215,12 +209,9 @@ class _TarStream(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def expect_header(self) -> None:
-        """Limit what is read until `expect_content`; the readers' buffers may be filled too."""
-        self._header_left = MAX_TAR_HEADER_BYTES + 2 * _TAR_BUFFER_BYTES
-
-    def expect_content(self) -> None:
-        self._header_left = None
+    def expect(self, header: bool) -> None:
+        """Limit what is read next, if it is a header; the readers' buffers may be filled too."""
+        self._header_left = MAX_TAR_HEADER_BYTES + 2 * _TAR_BUFFER_BYTES if header else None
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
         try:
@@ -231,18 +222,14 @@ class _TarStream(io.RawIOBase):
         if self._header_left is not None:
             self._header_left -= len(data)
             if self._header_left < 0:
-                raise _outsized_header()
+                raise ArchiveError(*_OUTSIZED_HEADER)
         buffer[: len(data)] = data
         return len(data)
 
 
-def _outsized_header() -> ArchiveError:
-    return ArchiveError("has outsized extended headers", "Pack it again as tar")
-
-
 def _read_tar(raw: IO[bytes] | gzip.GzipFile, tally: _Tally) -> Iterator[Member]:
     stream = _TarStream(raw, tally)
-    stream.expect_header()
+    stream.expect(header=True)
     with tarfile.open(
         fileobj=io.BufferedReader(stream, _TAR_BUFFER_BYTES),
         mode="r|",
@@ -251,21 +238,16 @@ def _read_tar(raw: IO[bytes] | gzip.GzipFile, tally: _Tally) -> Iterator[Member]
         errors="surrogateescape",
     ) as archive:
         for info in archive:
-            assert isinstance(info, _TarMember)
             if info.size < 0:  # by a pax header, which replaces the field that was checked
-                raise ArchiveError("has a member of negative size", "Pack it again as tar")
-            tally.count_member(info.name, (info.isfile() or info.isdir()) and not info.is_sparse)
-            content = archive.extractfile(info) if info.isfile() else None
-            if content is not None:
-                stream.expect_content()
-                yield Member(info.name, info.size, _tar_opener(content), Container.TAR)
+                raise ArchiveError(*_NEGATIVE_SIZE)
+            sparse = info.issparse() or "GNU.sparse.major" in info.pax_headers
+            tally.count_member(info.name, (info.isfile() or info.isdir()) and not sparse)
+            if content := archive.extractfile(info):  # None for a folder
+                stream.expect(header=False)
+                yield Member(info.name, info.size, nullcontext(content), Container.TAR)
                 while content.read(CHUNK_BYTES):  # else tarfile would skip it as part of a header
                     pass
-                stream.expect_header()
-
-
-def _tar_opener(content: IO[bytes]) -> Callable[[], AbstractContextManager[IO[bytes]]]:
-    return lambda: nullcontext(content)
+                stream.expect(header=True)
 
 
 def _read_zip(raw: IO[bytes], tally: _Tally) -> Iterator[Member]:
@@ -277,7 +259,7 @@ def _read_zip(raw: IO[bytes], tally: _Tally) -> Iterator[Member]:
         for entry in entries:
             if not entry.is_dir():
                 name = _zip_name(entry)
-                yield Member(name, entry.file_size, _zip_opener(archive, entry), Container.ZIP)
+                yield Member(name, entry.file_size, _opened(archive, entry), Container.ZIP)
 
 
 def _zip_name(entry: ZipInfo) -> str:
@@ -290,10 +272,10 @@ def _zip_name(entry: ZipInfo) -> str:
         return entry.filename
 
 
-def _zip_opener(
-    archive: ZipFile, entry: ZipInfo
-) -> Callable[[], AbstractContextManager[IO[bytes]]]:
-    return lambda: archive.open(entry)  # never gives more than the size it declared
+@contextmanager
+def _opened(archive: ZipFile, entry: ZipInfo) -> Iterator[IO[bytes]]:
+    with archive.open(entry) as stream:  # zipfile never reads more than the size it declares
+        yield stream
 
 
 def _check_zip_entry(entry: ZipInfo, tally: _Tally) -> None:
@@ -315,4 +297,4 @@ class _SmallReads:
     def read(self, n: int = -1) -> bytes:
         if n > MAX_ZIP_DIRECTORY_BYTES:
             raise BadZipFile("its list of members is too long")
-        return self._file.read(MAX_ZIP_DIRECTORY_BYTES if n < 0 else n)
+        return self._file.read(n if n >= 0 else MAX_ZIP_DIRECTORY_BYTES)

@@ -48,7 +48,7 @@ def read_lora(
     """Return the deltas that the tensors `keys` describe, in the shapes of the model's modules.
 
     `adapter_config`: the content of PEFT's adapter_config.json, or None. Raises BadWeights for
-    modules that the model lacks, and for incomplete or contradictory tensors.
+    modules that the model lacks or has in another shape, and for incomplete tensors.
     """
     modules = shapes.modules()
     groups, styles = _group(file, keys, modules)
@@ -59,7 +59,20 @@ def read_lora(
         config = configs.get(module.split(".", 1)[0]) or configs.get("") or _PeftConfig()
         found = {role: tensors[key] for role, key in roles.items()}
         deltas[module] = _delta(file.subject, module, found, modules[module], config)
+    misfits = [module for module, delta in deltas.items() if not _fits(delta, modules[module])]
+    if misfits:
+        module, delta = misfits[0], deltas[misfits[0]]
+        raise BadWeights(
+            f"{file.subject} does not fit this model: {len(misfits)} of {len(deltas)} modules, the"
+            f" first {quote(module)}, with down {tuple(delta.down.shape)} and up"
+            f" {tuple(delta.up.shape)} for a weight of {modules[module]}"
+            f"{guess_family(file.shapes)}. {ANOTHER_MODEL}."
+        )
     return Lora(deltas, _describe(deltas, styles))
+
+
+def _fits(delta: LoraDelta, weight_shape: tuple[int, ...]) -> bool:
+    return delta.up.shape[0] == weight_shape[0] and delta.down.shape[1:] == weight_shape[1:]
 
 
 def _group(
@@ -81,10 +94,8 @@ def _group(
         styles[match.style] += 1
         roles = groups.setdefault(match.module, {})
         if roles.setdefault(split[1], key) != key:
-            raise BadWeights(
-                f"{file.subject} has two tensors for the same matrix, {quote(roles[split[1]])} and"
-                f" {quote(key)}. {_GET_AGAIN}."
-            )
+            both = f"{quote(roles[split[1]])} and {quote(key)}"
+            raise BadWeights(f"{file.subject} has two tensors for a matrix, {both}. {_GET_AGAIN}.")
     if unknown:
         raise BadWeights(
             f"{file.subject} is a LoRA with {len(unknown)} of {len(unknown) + len(groups)} modules"
@@ -120,25 +131,19 @@ def _delta(
             f"{where} has matrices that do not belong together: down {tuple(down.shape)}, up"
             f" {tuple(up.shape)}, for a weight of {weight_shape}. {_GET_AGAIN}."
         )
-    rank = down.shape[0]
-    if Role.ALPHA in found:
-        alpha = _scalar(where, found[Role.ALPHA])
-    else:
-        alpha = _peft_alpha(config, module, rank)
+    given = found.get(Role.ALPHA)
+    if given is not None and given.numel() != 1:
+        raise BadWeights(f"{where} has {given.numel()} values for alpha, not one. {_GET_AGAIN}.")
+    alpha = _peft_alpha(config, module, down.shape[0]) if given is None else float(given.item())
     return LoraDelta(down, up, alpha, _dora_scale(where, found, weight_shape))
 
 
 def _fold_middle(where: str, down: Tensor, mid: Tensor) -> Tensor:
     """Multiply LyCORIS' (rank, in, 1, 1) and (rank, rank, kh, kw) to one (rank, in, kh, kw)."""
-    if not (
-        down.ndim == mid.ndim == 4
-        and mid.shape[:2] == (down.shape[0], down.shape[0])
-        and down.shape[2:] == (1, 1)
-    ):
-        raise BadWeights(
-            f"{where} has a middle matrix {tuple(mid.shape)} that does not fit its down matrix"
-            f" {tuple(down.shape)}. {_GET_AGAIN}."
-        )
+    rank = down.shape[0]
+    if not (mid.ndim == 4 and mid.shape[:2] == (rank, rank) and down.shape[2:] == (1, 1)):
+        shapes = f"{tuple(mid.shape)} that does not fit its down matrix {tuple(down.shape)}"
+        raise BadWeights(f"{where} has a middle matrix {shapes}. {_GET_AGAIN}.")
     # lycoris/functional/general.py, rebuild_tucker
     return torch.einsum("oikl,ij->ojkl", mid.float(), down.flatten(1).float())
 
@@ -150,12 +155,6 @@ def _as_weight(matrix: Tensor, dimensions: int) -> Tensor:
     if dimensions == 4 and matrix.ndim == 2:
         return matrix[:, :, None, None]
     return matrix
-
-
-def _scalar(where: str, alpha: Tensor) -> float:
-    if alpha.numel() != 1:
-        raise BadWeights(f"{where} has {alpha.numel()} values for alpha, not one. {_GET_AGAIN}.")
-    return float(alpha.item())
 
 
 def _dora_scale(
@@ -171,18 +170,14 @@ def _dora_scale(
         per_output = magnitude.numel() == out and magnitude.shape[:1] == (out,)
     else:
         return None
+    per_input = magnitude.shape[:2] == (1, in_) and magnitude.numel() == in_
     if per_output and magnitude.is_floating_point():
         return magnitude.reshape(out, 1, *ones)
-    if (
-        Role.MAGNITUDE not in found
-        and magnitude.is_floating_point()
-        and magnitude.shape[:2] == (1, in_)
-        and magnitude.numel() == in_
-    ):
+    if per_input and magnitude.is_floating_point() and Role.MAGNITUDE not in found:
         return magnitude.reshape(1, in_, *ones)
+    shape = tuple(magnitude.shape)
     raise BadWeights(
-        f"{where} has a DoRA magnitude {tuple(magnitude.shape)} that does not fit a weight of"
-        f" {weight_shape}. {_GET_AGAIN}."
+        f"{where} has a DoRA magnitude {shape} for a weight of {weight_shape}. {_GET_AGAIN}."
     )
 
 
@@ -211,12 +206,9 @@ def _config(where: str, content: object, prefix: str) -> _PeftConfig:
     alpha = content.get(f"{prefix}lora_alpha")
     patterns = content.get(f"{prefix}alpha_pattern") or {}
     rank_stabilised = content.get(f"{prefix}use_rslora") or False
-    if not (
-        (alpha is None or _is_number(alpha))
-        and isinstance(patterns, dict)
-        and all(_is_number(value) for value in patterns.values())
-        and isinstance(rank_stabilised, bool)
-    ):
+    numbers = [*patterns.values()] if isinstance(patterns, dict) else [None]
+    numbers += [] if alpha is None else [alpha]
+    if not all(map(_is_number, numbers)) or not isinstance(rank_stabilised, bool):
         raise BadWeights(f"{where} has an alpha that is no number. {_GET_AGAIN}.")
     # PEFT takes the keys for regular expressions; they are names, and a stranger's expression can
     # run for ever.
@@ -231,10 +223,7 @@ def _config(where: str, content: object, prefix: str) -> _PeftConfig:
 
 
 def _is_number(value: object) -> bool:
-    try:
-        return type(value) in (int, float) and math.isfinite(float(value))  # type: ignore[arg-type]
-    except OverflowError:
-        return False
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) < 1e9
 
 
 def _peft_alpha(config: _PeftConfig, module: str, rank: int) -> float:
@@ -255,11 +244,10 @@ def _describe(deltas: Mapping[str, LoraDelta], styles: Counter[str]) -> str:
     longest = max(styles, key=lambda style: (len(style) > len("kohya LoRA"), styles[style]))
     ranks = sorted({delta.rank for delta in deltas.values()})
     rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    extras = []
-    if any(delta.dora_scale is not None for delta in deltas.values()):
-        extras.append("DoRA")
-    if any(delta.down.ndim == 4 for delta in deltas.values()):
-        extras.append("with convolutions")
-    if not any(module.startswith("unet.") for module in deltas):
-        extras.append("text encoders only")
-    return ", ".join([longest, *extras, f"rank {rank}", f"{len(deltas)} modules"])
+    extras = {
+        "DoRA": any(delta.dora_scale is not None for delta in deltas.values()),
+        "with convolutions": any(delta.down.ndim == 4 for delta in deltas.values()),
+        "text encoders only": not any(module.startswith("unet.") for module in deltas),
+    }
+    present = [name for name, is_present in extras.items() if is_present]
+    return ", ".join([longest, *present, f"rank {rank}", f"{len(deltas)} modules"])

@@ -27,7 +27,6 @@ from weights.formats.detect import (
 )
 from weights.formats.lora import Lora, is_lora_key, read_lora
 from weights.formats.safetensors_checks import SafetensorsFile, open_safetensors
-from weights.formats.shape_checks import check_fits
 from weights.formats.textual_inversion import (
     BUNDLE_PREFIX,
     Embedding,
@@ -111,26 +110,21 @@ def _read_json(name: str, base: str, texts: Mapping[str, Path]) -> object:
     try:
         content: object = json.loads(texts[base].read_bytes())
     except (ValueError, RecursionError) as error:
-        raise BadWeights(
-            f"{name}: {base} in it is no valid JSON. Train or export it again."
-        ) from error
+        fault = f"{base} in it is no valid JSON"
+        raise BadWeights(f"{name}: {fault}. Train or export it again.") from error
     return content
 
 
 def _check_special(name: str, content: object) -> dict[str, str]:
     example = 'Write it as {"TOK": "<s0><s1>"}.'
     if not isinstance(content, dict) or len(content) > MAX_TRIGGERS:
-        raise BadWeights(
-            f"{name}: {_SPECIAL_PARAMS} in it is not a JSON object of up to {MAX_TRIGGERS}"
-            f" entries. {example}"
-        )
+        fault = f"is not a JSON object of up to {MAX_TRIGGERS} entries"
+        raise BadWeights(f"{name}: {_SPECIAL_PARAMS} in it {fault}. {example}")
     for word, tokens in content.items():
         _check_trigger(name, word)
         if not isinstance(tokens, str):
-            raise BadWeights(
-                f"{name}: {_SPECIAL_PARAMS} in it gives {quote(word)} a value that is no text."
-                f" {example}"
-            )
+            fault = f"gives {quote(word)} a value that is no text"
+            raise BadWeights(f"{name}: {_SPECIAL_PARAMS} in it {fault}. {example}")
     return content
 
 
@@ -167,26 +161,21 @@ def _add_file(found: _Found, file: SafetensorsFile, stem: str, adapter_config: o
     pooling = file.metadata.get(POOLING_HEADER_KEY)
     if pooling is not None:
         if pooling not in {str(known) for known in Pooling}:
-            raise BadWeights(
-                f"{file.subject}: its header has pooling {quote(pooling)}; there are"
-                f" {' and '.join(Pooling)}. Export it again."
-            )
+            fault = f"pooling {quote(pooling)}; there are {' and '.join(Pooling)}"
+            raise BadWeights(f"{file.subject}: its header has {fault}. Export it again.")
         found.poolings.add(Pooling(pooling))
 
 
 def _refuse(file: SafetensorsFile, what: str | None) -> None:
     if what is not None:
-        raise BadWeights(
-            f"{file.subject} is {what}, and cannot be used here. {READABLE}, for this model."
-        )
+        fault = f"is {what}, and cannot be used here"
+        raise BadWeights(f"{file.subject} {fault}. {READABLE}, for this model.")
 
 
 def _refuse_second(file: SafetensorsFile, found: _Found) -> None:
     if found.lora or found.parameters:
-        raise BadWeights(
-            f"{file.subject} is the second LoRA, UNet or checkpoint in the archive. Pack the one"
-            " that you mean."
-        )
+        fault = "is the second LoRA, UNet or checkpoint in the archive"
+        raise BadWeights(f"{file.subject} {fault}. Pack the one that you mean.")
 
 
 def _add_model(found: _Found, file: SafetensorsFile, keys: list[str]) -> None:
@@ -216,6 +205,13 @@ def _add_model(found: _Found, file: SafetensorsFile, keys: list[str]) -> None:
             f" model lacks, the first {quote(unknown[0])}{guess_family(file.shapes)}."
             f" {ANOTHER_MODEL}."
         )
+    bad = [key for key in keys if parameters[f"{UNET}.{key}"] != file.shapes[key]]
+    if bad:
+        raise BadWeights(
+            f"{file.subject} is a UNet that does not fit this model: {len(bad)} of {len(keys)}"
+            f" parameters, the first {quote(bad[0])} with {file.shapes[bad[0]]} for"
+            f" {parameters[f'{UNET}.{bad[0]}']}{guess_family(file.shapes)}. {ANOTHER_MODEL}."
+        )
     found.parameters = {f"{UNET}.{key}": tensor for key, tensor in file.read(keys).items()}
 
 
@@ -228,7 +224,7 @@ def _finish(found: _Found, special: dict[str, str] | None) -> TrainedWeights:
     pooling = next(iter(found.poolings), None) or (
         Pooling.ARGMAX if any(each.pooling is Pooling.ARGMAX for each in merged) else Pooling.EOS
     )
-    weights = TrainedWeights(
+    return TrainedWeights(
         lora=found.lora.deltas if found.lora else {},
         parameters=found.parameters,
         checkpoint=found.checkpoint,
@@ -237,8 +233,6 @@ def _finish(found: _Found, special: dict[str, str] | None) -> TrainedWeights:
         pooling=pooling,
         description=_describe(found, embeddings, triggers),
     )
-    check_fits(weights, found.shapes, found.name)
-    return weights
 
 
 def _name_tokens(
@@ -257,10 +251,8 @@ def _name_tokens(
         for trigger in embedding.triggers:
             _check_trigger(name, trigger)
             if trigger in triggers:
-                raise BadWeights(
-                    f"{name} gives the trigger word {quote(trigger)} to two textual inversions."
-                    " Rename one."
-                )
+                fault = f"gives the trigger word {quote(trigger)} to two textual inversions"
+                raise BadWeights(f"{name} {fault}. Rename one.")
             triggers[trigger] = "".join(tokens)
     known = {token for entry in embeddings for token in entry.placeholder_tokens}
     for trigger, value in triggers.items():

@@ -64,12 +64,10 @@ class SafetensorsFile:
         keys = list(keys)
         for key in keys:
             info = self.tensors[key]
-            if info.dtype not in _FLOATS and not (
-                info.dtype in _INTEGERS and math.prod(info.shape) == 1
-            ):
-                raise BadWeights(
-                    f"{self.subject}: tensor {quote(key)} is of type {info.dtype}. {_REMEDY}."
-                )
+            is_number = info.dtype in _INTEGERS and math.prod(info.shape) == 1
+            if info.dtype not in _FLOATS and not is_number:
+                fault = f"tensor {quote(key)} is of type {info.dtype}"
+                raise BadWeights(f"{self.subject}: {fault}. {_REMEDY}.")
         try:
             # pread, not mmap: a mapped file that is cut short later kills the process.
             with safe_open(self.path, framework="pt", device="cpu", backend="pread") as file:
@@ -85,9 +83,8 @@ class SafetensorsFile:
             torch.isfinite(extreme) for extreme in torch.aminmax(tensor)
         ):
             raise BadWeights(
-                f"{self.subject}: tensor {quote(key)} has values that are not finite (NaN or"
-                " infinity). The training diverged: use an earlier checkpoint, or train again with"
-                " a lower learning rate."
+                f"{self.subject}: tensor {quote(key)} has values that are not finite. The training"
+                " diverged: use an earlier checkpoint, or a lower learning rate."
             )
         return tensor
 
@@ -98,15 +95,11 @@ def open_safetensors(path: Path, subject: str) -> SafetensorsFile:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise BadWeights(
-                f"{subject} is cut short: its header alone is {length} bytes long, and the file"
-                f" {size}. Get it again."
-            )
+            fault = f"its header alone is {length} bytes long, and the file {size}"
+            raise BadWeights(f"{subject} is cut short: {fault}. Get it again.")
         if length > MAX_HEADER_BYTES:
-            raise BadWeights(
-                f"{subject}: a header of {length} bytes; {MAX_HEADER_BYTES} are allowed. Save it"
-                " again with less metadata."
-            )
+            fault = f"a header of {length} bytes; {MAX_HEADER_BYTES} are allowed"
+            raise BadWeights(f"{subject}: {fault}. Save it again with less metadata.")
         content = file.read(length)
     try:
         header = json.loads(content.decode("utf-8"), object_pairs_hook=_without_repeats)
@@ -114,10 +107,8 @@ def open_safetensors(path: Path, subject: str) -> SafetensorsFile:
     except RecursionError:
         raise BadWeights(f"{subject}: its header is nested too deep. {_MALFORMED}.") from None
     except ValueError as error:  # also what json and utf-8 raise
-        detail = str(error)[:300]
-        raise BadWeights(
-            f"{subject} is no valid safetensors file: {detail}. {_MALFORMED}."
-        ) from error
+        fault = f"is no valid safetensors file: {str(error)[:300]}"
+        raise BadWeights(f"{subject} {fault}. {_MALFORMED}.") from error
     return SafetensorsFile(path, subject, tensors, metadata)
 
 

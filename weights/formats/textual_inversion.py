@@ -45,17 +45,12 @@ class Embedding:
 
 def is_embedding_file(file: SafetensorsFile) -> bool:
     """Return whether the tensors' names are those of a textual inversion."""
-    keys = set(file.tensors)
+    ranks = [len(shape) for shape in file.shapes.values()]
     return (
-        keys <= {*_ENCODER_OF_KEY, *(f"{key}_out" for key in _ENCODER_OF_KEY)}
-        or all(_NAMELESS.fullmatch(key) for key in keys)
-        or _is_diffusers(file)
+        all(key.removesuffix("_out") in _ENCODER_OF_KEY for key in file.tensors)
+        or all(_NAMELESS.fullmatch(key) for key in file.tensors)
+        or ranks in ([1], [2])  # diffusers: one tensor, under its token's name
     )
-
-
-def _is_diffusers(file: SafetensorsFile) -> bool:
-    shapes = list(file.shapes.values())
-    return len(shapes) == 1 and len(shapes[0]) in (1, 2)
 
 
 def read_embeddings(file: SafetensorsFile, stem: str, shapes: ModelShapes) -> list[Embedding]:
@@ -69,10 +64,8 @@ def read_embeddings(file: SafetensorsFile, stem: str, shapes: ModelShapes) -> li
         pooling = Pooling.ARGMAX if set(keys) <= _COG_SDXL_KEYS else Pooling.EOS
         return [_read_named(file, by_key, (stem,), shapes, pooling)]
     if len(keys) != 1:
-        raise BadWeights(
-            f"{file.subject} is a textual inversion of {len(keys)} words in an old format. Convert"
-            " it to one with the tensors clip_l and clip_g."
-        )
+        what = f"is a textual inversion of {len(keys)} words in an old format"
+        raise BadWeights(f"{file.subject} {what}. Convert it to tensors clip_l and clip_g.")
     key = keys[0]
     triggers = (stem,) if _NAMELESS.fullmatch(key) else tuple(dict.fromkeys((key, stem)))
     tensor = _rows(file, key, file.read([key])[key])
@@ -86,9 +79,9 @@ def read_bundle(file: SafetensorsFile, keys: Iterable[str], shapes: ModelShapes)
     for key in keys:
         word, _, rest = key.removeprefix(BUNDLE_PREFIX).rpartition(".")
         if rest.removesuffix("_out") not in _ENCODER_OF_KEY or not word:
+            what = f"has a bundled textual inversion under an unknown name, {quote(key)}"
             raise BadWeights(
-                f"{file.subject} has a bundled textual inversion under an unknown name,"
-                f" {quote(key)}; bundle_emb.<word>.clip_l and .clip_g are. Export it again."
+                f"{file.subject} {what}. Name it bundle_emb.<word>.clip_l and .clip_g."
             )
         by_word.setdefault(word, {})[rest] = key
     return [
@@ -106,10 +99,8 @@ def merge_pairs(embeddings: Iterable[Embedding], subject: str) -> list[Embedding
             continue
         twice = other.vectors.keys() & embedding.vectors.keys()
         if twice or other.n_tokens != embedding.n_tokens:
-            raise BadWeights(
-                f"{subject} has two textual inversions called {quote(embedding.triggers[0])}."
-                " Pack the one that you mean."
-            )
+            what = f"has two textual inversions called {quote(embedding.triggers[0])}"
+            raise BadWeights(f"{subject} {what}. Pack the one that you mean.")
         # The stems are "learned_embeds" and "learned_embeds_2": not words that anyone would type.
         merged[embedding.triggers[0]] = Embedding(
             embedding.triggers[:1], {**other.vectors, **embedding.vectors}, embedding.pooling
@@ -127,10 +118,8 @@ def _read_named(
     """Read tensors that name their encoders. `by_key`: "clip_l" → the tensor's name."""
     outputs = [key for key in by_key if key.endswith("_out")]
     if outputs:
-        raise BadWeights(
-            f"{file.subject} has an output embedding ({quote(outputs[0])}), which OneTrainer"
-            " applies behind the text encoder and nothing here can. Train without it."
-        )
+        what = f"has an output embedding ({quote(outputs[0])}), which only OneTrainer applies"
+        raise BadWeights(f"{file.subject} {what}. Train without it.")
     tensors = file.read(by_key.values())
     vectors = {
         _ENCODER_OF_KEY[key]: _rows(file, full, tensors[full]) for key, full in by_key.items()
@@ -148,10 +137,8 @@ def _read_named(
             )
     if len({tensor.shape[0] for tensor in vectors.values()}) != 1:
         counts = " and ".join(str(tensor.shape[0]) for tensor in vectors.values())
-        raise BadWeights(
-            f"{file.subject} has {counts} vectors for the two text encoders; both need the same"
-            " number. Export it again."
-        )
+        what = f"has {counts} vectors for the two text encoders, which need the same number"
+        raise BadWeights(f"{file.subject} {what}. Export it again.")
     return Embedding(triggers, vectors, pooling)
 
 
@@ -161,8 +148,7 @@ def _rows(file: SafetensorsFile, key: str, tensor: Tensor) -> Tensor:
     if rows.ndim != 2 or not rows.is_floating_point() or rows.shape[0] > MAX_VECTORS:
         raise BadWeights(
             f"{file.subject}: tensor {quote(key)} of shape {tuple(tensor.shape)} and type"
-            f" {tensor.dtype} is no textual inversion: that is 1 to {MAX_VECTORS} rows of"
-            " floating-point numbers. Give one that was exported as such."
+            f" {tensor.dtype} is no textual inversion, which is 1 to {MAX_VECTORS} rows of floats."
         )
     return rows
 
@@ -178,10 +164,8 @@ def _find_encoder(
     if candidates and stem in _DIFFUSERS_STEMS:
         return _DIFFUSERS_STEMS[stem]
     if candidates:
-        raise BadWeights(
-            f"{file.subject} is a textual inversion that does not say which text encoder it is for,"
-            " and this model's are equally wide. Save it with the tensors clip_l and clip_g."
-        )
+        what = "is a textual inversion that does not say which text encoder it is for"
+        raise BadWeights(f"{file.subject} {what}. Save it as the tensors clip_l and clip_g.")
     wanted = " and ".join(str(each) for each in widths.values() if each)
     raise BadWeights(
         f"{file.subject} has one tensor, {quote(key)}; a textual inversion for this model would be"

@@ -1,57 +1,48 @@
-"""The disk cache of weights that people bring, in the folder `trained` of the cache.
+"""The disk cache of users' weights: one folder for each address, in the folder `trained`.
 
-    files/<sha256>             content; has its name only once it is complete and on the disk
-    index/<sha256 of key>.json what an address held when it was last asked
-    .partial/<name>            bytes under way, see weights.transfer
-    locks/<2 digits>.lock      held by the process that fetches; 256, so none need be removed
+    <sha256 of key>/weights      the file; has its name only once it is complete and on the disk
+    <sha256 of key>/entry.json   what the server said of it
+    <sha256 of key>/.partial/    bytes under way, see weights.transfer
+    <sha256 of key>.lock         held by the process that fetches or uses the file (filelock)
 
-Who uses a file holds a shared lock (flock) on it, which the kernel takes back when the process
-dies; eviction takes the exclusive one, without waiting. The time of last use is the file's
-modification time. Parts count towards the budget too, and are removed like files once nobody has
-written to them for STALE_PART_S, after OLD_PART_S in any case. Files in use together may exceed it.
+The kernel releases the lock when its process dies. Eviction skips folders whose lock is held; the
+time of last use is the folder's modification time. Files in use together may exceed the budget.
 """
 
-import fcntl
 import hashlib
-import io
 import json
 import os
+import shutil
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from weights import cache
 from weights.errors import DiskFull, DownloadError, WrongSetting
-from weights.http import Facts
-from weights.transfer import PARTIAL_FOLDER
+from weights.http import Digest, RemoteMetadata
+from weights.lock import write_json
+from weights.transfer import publish
 
 DEFAULT_BUDGET_BYTES = 20_000_000_000
-STALE_PART_S = 900.0  # no transfer is silent for so long: it would have been given up
-OLD_PART_S = 86_400.0  # nobody comes back for it
-MOST_GRANTS = 16
+MOST_FINGERPRINTS = 16
 
-# What this process has read and found right, by path: inode and size at that time.
-_verified: dict[Path, tuple[int, int]] = {}
+# What this process has hashed, by path: inode and size at that time, and the sha256.
+_verified: dict[Path, tuple[int, int, str]] = {}
 
 
+@dataclass(frozen=True)
 class CachedFile:
     """A file that stays where it is until `close`, or the end of a `with` block."""
 
-    def __init__(self, path: Path, digest: str, file_name: str, handle: io.BufferedReader) -> None:
-        self.path = path
-        self.digest = digest  # sha256, hexadecimal
-        self.file_name = file_name  # where it comes from; "" where it has none
-        self._handle = handle  # carries the shared lock
-
-    def close(self) -> None:
-        """Let the file go."""
-        self._handle.close()
+    path: Path
+    digest: str  # sha256, hexadecimal
+    file_name: str  # the original one; "" where it has none
+    close: Callable[[], object]  # release the file
 
     def __enter__(self) -> "CachedFile":
         return self
@@ -66,22 +57,99 @@ class CachedFile:
 
 
 @dataclass(frozen=True)
-class Remembered:
-    """What an address held. `grants` are hashes of the exact requests that a server has answered:
-    only they get the file when the server cannot be asked."""
+class Entry:
+    """What an address held at the last request.
+
+    `fingerprints` are hashes of the exact requests, signature and token included, that a server has
+    answered: only they may use the file while the server cannot be reached.
+    """
 
     digest: str
-    facts: Facts
-    grants: tuple[str, ...]
+    metadata: RemoteMetadata
+    fingerprints: tuple[str, ...]
+
+    def may_use(self, request: str) -> bool:
+        """Return whether a server has answered exactly this request before."""
+        return _hash(request) in self.fingerprints
 
 
-def folder() -> Path:
-    """Where all of this is."""
+class Slot:
+    """The folder of one key, locked until `close`. Raises DownloadError if it cannot be made."""
+
+    def __init__(self, key: str, name: str) -> None:
+        self.folder = root() / _hash(key)
+        self._held = ExitStack()
+        try:
+            root().mkdir(parents=True, exist_ok=True)
+            self._held.enter_context(cache.one_at_a_time(self.folder.with_suffix(".lock"), name))
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            self.close()
+            raise DownloadError(
+                f"{name}: cannot make {self.folder}: {error}; set WEIGHTS_CACHE to a folder that"
+                " can be written"
+            ) from error
+
+    def close(self) -> None:
+        """Let others use and evict the folder."""
+        self._held.close()
+
+    @property
+    def path(self) -> Path:
+        """Return where the file is, or will be."""
+        return self.folder / "weights"
+
+    def entry(self) -> Entry | None:
+        """Return what the folder holds; None where the file is missing or damaged.
+
+        At its first use in this process the file is hashed.
+        """
+        try:
+            content = json.loads((self.folder / "entry.json").read_text())
+            metadata = RemoteMetadata(**content["metadata"])
+            entry = Entry(content["digest"], metadata, tuple(content["fingerprints"]))
+            status = self.path.stat()
+        except (OSError, ValueError, KeyError, TypeError):
+            return None  # absent, or not ours: the server is asked as if for the first time
+        expected = (status.st_ino, status.st_size, entry.digest)
+        if _verified.get(self.path) != expected:
+            if Digest.of(self.path, "sha256").hexdigest != entry.digest:
+                print(f"{self.path} is damaged and will be fetched again", file=sys.stderr)
+                return None
+            _verified[self.path] = expected
+        return entry
+
+    def add(self, part: Path) -> str:
+        """Take a complete part into the folder, then evict. Returns its sha256."""
+        digest = Digest.of(part, "sha256").hexdigest
+        publish(part, self.path)
+        status = self.path.stat()
+        _verified[self.path] = (status.st_ino, status.st_size, digest)
+        evict(budget_bytes())
+        return digest
+
+    def record(self, digest: str, metadata: RemoteMetadata, request: str) -> None:
+        """Write down what the folder holds, and that the server has answered `request`."""
+        before = self.entry()
+        fingerprints: tuple[str, ...] = (_hash(request),)
+        if before is not None and before.digest == digest:
+            fingerprints += tuple(old for old in before.fingerprints if old not in fingerprints)
+        entry = Entry(digest, metadata, fingerprints[:MOST_FINGERPRINTS])
+        write_json(self.folder / "entry.json", asdict(entry))
+
+    def file(self, digest: str, file_name: str) -> CachedFile:
+        """Return the file, whose `close` closes this slot."""
+        os.utime(self.folder)
+        return CachedFile(self.path, digest, file_name, self.close)
+
+
+def root() -> Path:
+    """Return the folder of the cache."""
     return cache.cache_root() / "trained"
 
 
 def budget_bytes() -> int:
-    """WEIGHTS_CACHE_BYTES or the default. Raises WrongSetting."""
+    """Return WEIGHTS_CACHE_BYTES or the default. Raises WrongSetting."""
     text = os.environ.get("WEIGHTS_CACHE_BYTES", "").strip()
     if not text:
         return DEFAULT_BUDGET_BYTES
@@ -90,64 +158,7 @@ def budget_bytes() -> int:
     return int(text)
 
 
-@contextmanager
-def fetching(key: str, name: str) -> Iterator[None]:
-    """For one process at a time per key; makes the folders. Raises DownloadError."""
-    try:
-        for part in ("files", "index", "locks", PARTIAL_FOLDER):
-            (folder() / part).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DownloadError(
-            f"{name}: cannot make {folder()}: {error}; set WEIGHTS_CACHE to a folder that can be"
-            " written"
-        ) from error
-    with cache.one_at_a_time(folder() / "locks" / f"{_hash(key)[:2]}.lock", name):
-        yield
-
-
-def held(digest: str, file_name: str) -> CachedFile | None:
-    """The file with this content, protected from eviction; None where there is none.
-
-    Read and compared with its name at its first use in this process; thrown away if it differs.
-    """
-    path = folder() / "files" / digest
-    handle = _shared(path)
-    if handle is None:
-        return None
-    status = os.fstat(handle.fileno())
-    if _verified.get(path) != (status.st_ino, status.st_size):
-        if hashlib.file_digest(handle, "sha256").hexdigest() != digest:
-            print(f"{path} is damaged and will be fetched again", file=sys.stderr)
-            path.unlink(missing_ok=True)
-            handle.close()
-            return None
-        _verified[path] = (status.st_ino, status.st_size)
-    os.utime(path)
-    return CachedFile(path, digest, file_name, handle)
-
-
-def keep(part: Path, file_name: str) -> CachedFile:
-    """Take a complete part into the cache under its content's hash, then evict what is too much."""
-    with part.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
-    file = held(digest, file_name)
-    if file is not None:
-        part.unlink()
-    else:
-        path = folder() / "files" / digest
-        handle = part.open("rb")
-        fcntl.flock(handle, fcntl.LOCK_SH)  # before it has its name: never there unprotected
-        os.utime(part)
-        part.replace(path)
-        _sync_folder(path.parent)
-        status = os.fstat(handle.fileno())
-        _verified[path] = (status.st_ino, status.st_size)
-        file = CachedFile(path, digest, file_name, handle)
-    evict(budget_bytes())
-    return file
-
-
-def check_fits(size_bytes: int, what: str) -> None:
+def check_budget(size_bytes: int, what: str) -> None:
     """Raise DiskFull for a file that is larger than the whole budget."""
     if size_bytes > budget_bytes():
         raise DiskFull(
@@ -157,98 +168,40 @@ def check_fits(size_bytes: int, what: str) -> None:
 
 
 def evict(most_bytes: int) -> int:
-    """Remove files and stale parts, least recently used first, until `most_bytes` are left.
+    """Remove folders, least recently used first, until `most_bytes` are left in all.
 
     What is in use stays. Returns the bytes that are left.
     """
-    with FileLock(folder() / "locks" / "evict.lock"):
-        found = []  # last use, path, bytes
-        for path in [*(folder() / "files").iterdir(), *(folder() / PARTIAL_FOLDER).iterdir()]:
-            try:
-                status = path.stat()
-            except FileNotFoundError:
-                continue  # its process has just taken it away
-            found.append((status.st_mtime_ns, path, status.st_size))
-        left = sum(size for _, _, size in found)
-        for used_ns, path, size in sorted(found):
-            idle_s = time.time() - used_ns / 1e9 if path.parent.name == PARTIAL_FOLDER else None
-            if idle_s is not None and idle_s < STALE_PART_S:
-                continue
-            too_old = idle_s is not None and idle_s > OLD_PART_S
-            if (left > most_bytes or too_old) and _removed(path):
-                left -= size
-        for entry in (folder() / "index").glob("*.json"):
-            remembered = _read(entry)
-            if remembered is None or not (folder() / "files" / remembered.digest).exists():
-                entry.unlink(missing_ok=True)
-        return left
-
-
-def recall(key: str) -> Remembered | None:
-    """What is known of `key`, whether or not the file is still there."""
-    return _read(folder() / "index" / f"{_hash(key)}.json")
-
-
-def remember(key: str, digest: str, facts: Facts, grant: str) -> None:
-    """Write down that `key` holds the content `digest`, and who may have it unasked."""
-    before = recall(key)
-    grants: tuple[str, ...] = (_hash(grant),)
-    if before is not None and before.digest == digest:
-        grants += tuple(old for old in before.grants if old not in grants)
-    path = folder() / "index" / f"{_hash(key)}.json"
-    content = {"digest": digest, "facts": asdict(facts), "grants": grants[:MOST_GRANTS]}
-    partial = path.with_suffix(".writing")  # the caller holds the key's lock
-    partial.write_text(json.dumps(content) + "\n")
-    partial.replace(path)
-
-
-def is_granted(remembered: Remembered, grant: str) -> bool:
-    """Whether exactly this request has been answered before."""
-    return _hash(grant) in remembered.grants
-
-
-def _read(path: Path) -> Remembered | None:
-    try:
-        content = json.loads(path.read_text())
-        return Remembered(content["digest"], Facts(**content["facts"]), tuple(content["grants"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # absent, or not ours: the server is asked as if for the first time
-
-
-def _shared(path: Path) -> io.BufferedReader | None:
-    """`path` open, with a shared lock; None where it does not exist."""
-    while True:
+    folders = [path for path in root().iterdir() if path.is_dir()]
+    sizes = {path: _size_bytes(path) for path in folders}
+    left = sum(sizes.values())
+    for path in sorted(folders, key=_last_use):
+        if left <= most_bytes:
+            break
         try:
-            handle = path.open("rb")
-        except FileNotFoundError:
-            return None
-        fcntl.flock(handle, fcntl.LOCK_SH)
+            with FileLock(path.with_suffix(".lock"), timeout=0):
+                shutil.rmtree(path, ignore_errors=True)
+                left -= sizes[path]
+        except Timeout:
+            continue  # in use
+    return left
+
+
+def _size_bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
         try:
-            if os.path.samestat(path.stat(), os.fstat(handle.fileno())):
-                return handle
+            total += path.stat().st_size if path.is_file() else 0
         except FileNotFoundError:
-            pass
-        handle.close()  # removed or replaced between opening and locking
+            continue  # its process has just moved it
+    return total
 
 
-def _removed(path: Path) -> bool:
-    """Remove a file unless somebody uses it."""
+def _last_use(folder: Path) -> float:
     try:
-        with path.open("rb") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-    except (BlockingIOError, FileNotFoundError):
-        return False
-    return True
-
-
-def _sync_folder(path: Path) -> None:
-    """A new name survives a power cut once its folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return folder.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _hash(text: str) -> str:

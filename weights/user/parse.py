@@ -1,4 +1,4 @@
-"""What a person may write to name weights, read without a network.
+"""Parse what users write to name weights, without a network.
 
     https://files.example/lora.safetensors         a file on the public internet
     owner/name[@revision][:folder/file.safetensors]  a repository on the hub
@@ -10,9 +10,8 @@ The operator, who sets COG_WEIGHTS, may also name a file on the disk, http and i
 """
 
 import base64
-import binascii
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
@@ -44,7 +43,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x20\x7f-\xa0\\]")
 
 @dataclass(frozen=True)
 class WebFile:
-    """A file at an address; with `trusted` the rules for the addresses of strangers are off."""
+    """A file at an address; with `trusted` the rules for users' addresses are off."""
 
     name: str
     url: str = field(repr=False)  # may hold a signature
@@ -86,8 +85,6 @@ class LocalFile:
     path: Path
 
 
-_TOKEN_INPUTS = {"hub": "hf_api_token", "civitai": "civitai_api_token"}
-
 Source = WebFile | CivitaiModel | HubRepository | InlineFile | LocalFile
 
 
@@ -103,23 +100,22 @@ class Tokens:
     civitai: str | None = field(repr=False)
 
     def __post_init__(self) -> None:
-        for token in fields(self):
-            value = getattr(self, token.name)
+        for name, value in (("hf_api_token", self.hub), ("civitai_api_token", self.civitai)):
             # Else an HTTP library would refuse the header, quoting it.
             if value is not None and not re.fullmatch(r"[\x21-\x7e]+", value):
                 raise InvalidSource(
-                    f"{_TOKEN_INPUTS[token.name]} is empty, or has a blank, a line break or a"
-                    " character beyond ASCII; copy it again"
+                    f"{name} is empty, or has a blank, a line break or a character beyond ASCII;"
+                    " copy it again"
                 )
 
 
 def parse_source(reference: str, name: str) -> Source:
-    """What `reference`, the value of the input `name`, means. Raises InvalidSource."""
+    """Parse `reference`, the value of the input `name`. Raises InvalidSource."""
     return _parse(reference.strip(), name, trusted=False)
 
 
 def parse_operator_source(reference: str) -> Source:
-    """The same for COG_WEIGHTS; a path begins with / ./ ../ ~/ or file:, or is a file's.
+    """Parse COG_WEIGHTS; a path begins with / ./ ../ ~/ or file:, or is that of a file.
 
     Raises InvalidSource.
     """
@@ -136,7 +132,7 @@ def parse_operator_source(reference: str) -> Source:
 
 
 def shown(reference: str) -> str:
-    """A reference for messages: shortened, without query, user name or content."""
+    """Return a reference for messages: shortened, without query, user name or content."""
     if reference[:5].lower() == "data:":
         return reference[:5] + "…"
     text = re.sub(r"[?#].*", "", reference[: 10 * _SHOWN_CHARACTERS], flags=re.DOTALL)
@@ -155,7 +151,10 @@ def _parse(text: str, name: str, trusted: bool) -> Source:
         raise _invalid(text, name, "has a blank, backslash or control character", _FORMS)
     if _SCHEME.match(text):
         return _web(text, name, trusted)
-    return _hub(text, name)
+    found = _HUB.fullmatch(text)
+    if found is None or not _REPO.fullmatch(found["repo"]):
+        raise _invalid(text, name, "neither an address nor a repository on the hub", _FORMS)
+    return _repository(found["repo"], found["revision"] or "main", found["file"], text, name)
 
 
 def _inline(text: str, name: str) -> InlineFile:
@@ -168,9 +167,8 @@ def _inline(text: str, name: str) -> InlineFile:
         raise _invalid(text, name, rule, "put the file at an https:// address")
     try:
         content = base64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError):
-        rule = "its base64 is damaged"
-        raise _invalid(text, name, rule, "encode the file again") from None
+    except ValueError:
+        raise _invalid(text, name, "its base64 is damaged", "encode the file again") from None
     if not content:
         raise _invalid(text, name, "an empty file", "encode a weights file")
     named = re.search(r";(?:file)?name=([^;]+)", head, re.IGNORECASE)
@@ -178,6 +176,7 @@ def _inline(text: str, name: str) -> InlineFile:
 
 
 def _web(text: str, name: str, trusted: bool) -> Source:
+    """Parse an address; pages of the hub and of Civitai mean what they are about."""
     try:
         url = httpx.URL(text)
     except httpx.InvalidURL:
@@ -190,20 +189,15 @@ def _web(text: str, name: str, trusted: bool) -> Source:
         raise _invalid(text, name, "not an https:// or http:// address", _FORMS)
     if url.scheme == "https" and url.port is None:
         parts = [unquote(part) for part in url.raw_path.decode().partition("?")[0].split("/")[1:]]
-        if url.host in _HUB_HOSTS:
-            return _hub_page(url, parts, text, name, trusted)
+        if url.host in _HUB_HOSTS and parts[0] not in ("datasets", "spaces"):
+            return _hub_page([part for part in parts if part], text, name)
         if url.host in _CIVITAI_HOSTS and parts[0] == "models" and len(parts) > 1:
-            return _civitai_page(url, parts, text, name)
+            return _civitai_page(parts[1], url.params.get("modelVersionId"), text, name)
     return WebFile(name, text, trusted)
 
 
-def _hub_page(
-    url: httpx.URL, parts: list[str], text: str, name: str, trusted: bool
-) -> HubRepository | WebFile:
-    """huggingface.co/owner/name[/tree/revision | /resolve|blob|raw/revision/file]."""
-    parts = [part for part in parts if part]
-    if parts[:1] in (["datasets"], ["spaces"]):
-        return WebFile(name, str(url), trusted)
+def _hub_page(parts: list[str], text: str, name: str) -> HubRepository:
+    """Parse huggingface.co/owner/name[/tree/revision | /resolve|blob|raw/revision/file]."""
     if len(parts) == 2 or (len(parts) == 4 and parts[2] == "tree"):
         return _repository("/".join(parts[:2]), (parts[3:] or ["main"])[0], None, text, name)
     if len(parts) >= 5 and parts[2] in ("resolve", "blob", "raw"):
@@ -212,24 +206,15 @@ def _hub_page(
     raise _invalid(text, name, rule, "copy the address of a file's page, or write owner/name:file")
 
 
-def _civitai_page(url: httpx.URL, parts: list[str], text: str, name: str) -> WebFile | CivitaiModel:
-    """civitai.com/models/id[/title][?modelVersionId=version]."""
-    version = url.params.get("modelVersionId")
-    numbers = [parts[1]] if version is None else [parts[1], version]
-    if not all(number.isascii() and number.isdigit() for number in numbers):
+def _civitai_page(model: str, version: str | None, text: str, name: str) -> WebFile | CivitaiModel:
+    """Parse civitai.com/models/id[/title][?modelVersionId=version]."""
+    if not all(each.isascii() and each.isdigit() for each in (model, version or "0")):
         rule = "not the page of a model on Civitai"
         raise _invalid(text, name, rule, "copy the address of the model's page")
     if version is None:
-        return CivitaiModel(name, int(parts[1]))
+        return CivitaiModel(name, int(model))
     # Not `trusted`: nothing about this address is the operator's choice.
     return WebFile(name, f"https://civitai.com/api/download/models/{version}", trusted=False)
-
-
-def _hub(text: str, name: str) -> HubRepository:
-    found = _HUB.fullmatch(text)
-    if found is None or not _REPO.fullmatch(found["repo"]):
-        raise _invalid(text, name, "neither an address nor a repository on the hub", _FORMS)
-    return _repository(found["repo"], found["revision"] or "main", found["file"], text, name)
 
 
 def _repository(repo: str, revision: str, file: str | None, text: str, name: str) -> HubRepository:

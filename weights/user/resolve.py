@@ -1,33 +1,34 @@
-"""What a server has to offer for something that somebody named: which file, how large, where."""
+"""Ask a server what it has under a user's reference: which file, how large, where."""
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 import httpx
+from huggingface_hub import constants
 
-from weights import http as remote
 from weights import hub
 from weights.errors import NotOnServer, Offline
-from weights.http import Advice, Facts, RemoteFile
+from weights.http import ErrorHints, RemoteFile, RemoteMetadata, read_small, request_metadata
+from weights.messages import quote_list
 from weights.user.parse import SUFFIXES, CivitaiModel, HubRepository, Tokens, WebFile
 
 RemoteSource = WebFile | CivitaiModel | HubRepository
 
 MAX_BYTES = 15_000_000_000  # an SDXL checkpoint in fp32 is 13.9 GB
-MAX_ANSWER_BYTES = 8 << 20  # of JSON
+MAX_JSON_BYTES = 8 << 20
 MOST_CANDIDATES = 10
 PREFERRED = ("pytorch_lora_weights.safetensors", "trained_model.tar")  # diffusers', cog-sdxl's
 
-WEB_ADVICE = Advice(
+WEB_HINTS = ErrorHints(
     denied="the link may have expired, or a token is missing: get a new link, or give"
     " hf_api_token or civitai_api_token",
     missing="check the address",
     changed="the server's file changes while it is fetched",
     other="give the address of the file itself",
 )
-HUB_ADVICE = Advice(
+HUB_HINTS = ErrorHints(
     denied="accept the repository's licence on its page and give an hf_api_token that may read it",
     missing="check what you wrote, and that the repository is public or the token may read it",
     changed="the hub's file is damaged: name another revision",
@@ -35,73 +36,70 @@ HUB_ADVICE = Advice(
 )
 
 
-@dataclass(frozen=True)
-class Offer:
-    """What to fetch, and how to tell later whether it is still the same."""
-
-    file: RemoteFile
-    facts: Facts
-
-
-def ask(
+def resolve(
     client: httpx.Client,
     source: RemoteSource,
     key: str,
     tokens: Tokens,
-    before: Facts | None,
-) -> Offer | None:
-    """What is there now; None: what was there `before`.
+    before: RemoteMetadata | None,
+) -> tuple[RemoteFile, RemoteMetadata] | None:
+    """Return the file that is there now; None if it is unchanged since `before`.
 
-    `key` names the source's part on the disk. Raises TemporaryFailure where trying again may help,
-    else a DownloadError.
+    `key` names the file's part on the disk. Raises TemporaryFailure where a retry may help, else a
+    DownloadError.
     """
-    if hub.is_offline():
+    if constants.is_offline_mode():
         raise Offline(f"{source.name}: HF_HUB_OFFLINE is set; unset it to fetch weights")
     if isinstance(source, HubRepository):
-        return _ask_hub(source, key, tokens, before)
+        return _resolve_on_hub(source, key, tokens, before)
     url = source.url if isinstance(source, WebFile) else _newest_version(client, source, tokens)
-    file = _web_file(source.name, url, tokens, MAX_BYTES)
-    facts = remote.ask(client, file, before)
-    if facts is None:
+    file = RemoteFile(source.name, url, MAX_BYTES, WEB_HINTS, headers=_authorization(url, tokens))
+    metadata = request_metadata(client, file, before)
+    if metadata is None:
         return None
-    if facts.content_type.lower().startswith("text/html"):
+    if metadata.content_type.lower().startswith("text/html"):
         raise NotOnServer(
             f"{file.where}: a web page came, perhaps to log in, and not a file; give the address"
             " that downloads the file itself, and a token if it needs one"
         )
-    if facts.size_bytes == 0:
-        raise NotOnServer(f"{file.where}: the file is empty; {WEB_ADVICE.missing}")
-    part = f"{key}\n{facts.validator}\n{facts.size_bytes}"
+    if metadata.size_bytes == 0:
+        raise NotOnServer(f"{file.where}: the file is empty; {WEB_HINTS.missing}")
+    part_name = _part_name(f"{key}\n{metadata.validator}\n{metadata.size_bytes}")
     file = replace(
         file,
-        size_bytes=facts.size_bytes,
-        validator=facts.validator,
-        part_name=hashlib.sha256(part.encode()).hexdigest(),
+        size_bytes=metadata.size_bytes,
+        validator=metadata.validator,
+        part_name=part_name,
     )
-    return Offer(file, facts)
+    return file, metadata
 
 
-def _ask_hub(source: HubRepository, key: str, tokens: Tokens, before: Facts | None) -> Offer | None:
-    token = tokens.hub if hub.endpoint().startswith("https://") else None
-    listing = hub.list_files(source.repo, source.revision, token, HUB_ADVICE)
-    chosen = _choose(source, listing)
-    file = hub.remote_file(listing, chosen, token, HUB_ADVICE)
+def _resolve_on_hub(
+    source: HubRepository, key: str, tokens: Tokens, before: RemoteMetadata | None
+) -> tuple[RemoteFile, RemoteMetadata] | None:
+    token = tokens.hub if constants.ENDPOINT.startswith("https://") else None
+    repository = hub.list_files(source.repo, source.revision, token, HUB_HINTS)
+    path = _choose(source, repository)
+    file = repository.file(path)
     assert file.digest is not None
-    name = PurePosixPath(chosen).name
-    facts = Facts(file.size_bytes, file.digest.hexdigest, None, "", name)
-    if facts == before:
+    digest = file.digest.hexdigest
+    metadata = RemoteMetadata(file.size_bytes, digest, None, "", PurePosixPath(path).name)
+    if metadata == before:
         return None
     # Not by the hash alone: the same file in two repositories is fetched under two locks.
-    part = hashlib.sha256(f"{key}\n{file.digest.hexdigest}".encode()).hexdigest()
-    file = replace(file, limit_bytes=MAX_BYTES, part_name=part)
-    return Offer(file, facts)
+    file = replace(file, limit_bytes=MAX_BYTES, part_name=_part_name(f"{key}\n{digest}"))
+    return file, metadata
 
 
-def _choose(source: HubRepository, listing: hub.Listing) -> str:
-    """The file that is named, or the only one that can be meant."""
-    weights = sorted(path for path in listing.files if path.lower().endswith(SUFFIXES))
+def _part_name(identity: str) -> str:
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def _choose(source: HubRepository, repository: hub.Repository) -> str:
+    """Return the file that is named, or the only one that can be meant."""
+    weights = sorted(path for path in repository.files if path.lower().endswith(SUFFIXES))
     at_root = [path for path in weights if "/" not in path]
-    if source.file is not None and source.file in listing.files:
+    if source.file is not None and source.file in repository.files:
         return source.file
     if source.file is None and len(at_root) == 1:
         return at_root[0]
@@ -109,21 +107,20 @@ def _choose(source: HubRepository, listing: hub.Listing) -> str:
         for path in PREFERRED:
             if path in at_root:
                 return path
-    listed = ", ".join(weights[:MOST_CANDIDATES]) or "none"
-    more = f" and {len(weights) - MOST_CANDIDATES} more" if len(weights) > MOST_CANDIDATES else ""
     wanted = f"{source.file} is not in" if source.file else "no single file can be meant of"
     raise NotOnServer(
-        f"{source.name}: {wanted} {listing.where}; name one as {source.repo}:file. Its weights and"
-        f" archives: {listed}{more}"
+        f"{source.name}: {wanted} {repository.where}; name one as {source.repo}:file. Its weights"
+        f" and archives: {quote_list(weights, MOST_CANDIDATES)}"
     )
 
 
 def _newest_version(client: httpx.Client, source: CivitaiModel, tokens: Tokens) -> str:
-    """The download address of a model's newest version, by Civitai's public API."""
+    """Return the download address of a model's newest version, by Civitai's public API."""
     url = f"https://civitai.com/api/v1/models/{source.model}"
-    file = _web_file(source.name, url, tokens, MAX_ANSWER_BYTES)
+    headers = _authorization(url, tokens)
+    file = RemoteFile(source.name, url, MAX_JSON_BYTES, WEB_HINTS, headers=headers)
     try:
-        version = int(json.loads(remote.read(client, file))["modelVersions"][0]["id"])
+        version = int(json.loads(read_small(client, file))["modelVersions"][0]["id"])
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise NotOnServer(
             f"{file.where}: no version of this model; give the address of the download itself"
@@ -131,26 +128,10 @@ def _newest_version(client: httpx.Client, source: CivitaiModel, tokens: Tokens) 
     return f"https://civitai.com/api/download/models/{version}"
 
 
-def _web_file(name: str, url: str, tokens: Tokens, limit_bytes: int) -> RemoteFile:
-    """A file of which nothing is known yet."""
-    return RemoteFile(
-        path=name,
-        url=url,
-        size_bytes=None,
-        limit_bytes=limit_bytes,
-        digest=None,
-        validator=None,
-        part_name="",
-        headers=_authorization(url, tokens),
-        mirror_path="",
-        advice=WEB_ADVICE,
-    )
-
-
 def _authorization(url: str, tokens: Tokens) -> tuple[tuple[str, str], ...]:
-    """The token for this address's host, if there is one and the connection is secret."""
+    """Return the token for this address's host, if there is one and the connection is secret."""
     host = httpx.URL(url)
-    home = httpx.URL(hub.endpoint())
+    home = httpx.URL(constants.ENDPOINT)
     token = None
     if (host.scheme, host.host, host.port) == ("https", "civitai.com", None):
         token = tokens.civitai

@@ -1,4 +1,4 @@
-"""Where a stranger may make this machine connect to: public addresses, over https.
+"""Restrict where users can make this machine connect to: public addresses, over https.
 
 The check is part of the connection: `GuardedTransport` looks a host up once, refuses it if any of
 its addresses is not public, and connects to one of exactly those addresses. So neither a changing
@@ -16,7 +16,7 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import httpcore
 import httpx
@@ -32,7 +32,7 @@ MOST_ADDRESSES_TRIED = 4
 
 REMEDY = "give an https:// address on the public internet"
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
-# Own tables and not ipaddress.is_global, whose answers differ between Python's patch releases.
+# Not ipaddress.is_global, whose answers differ between Python's patch releases.
 # https://www.iana.org/assignments/iana-ipv4-special-registry
 _IPV4_REFUSED = [
     ipaddress.IPv4Network(network)
@@ -57,7 +57,7 @@ _NUMERIC_LABEL = re.compile(r"0x[0-9a-f]*|[0-9]+")  # as last label: some spelli
 
 
 def is_public(address: IPAddress) -> bool:
-    """Whether an address is one of the public internet's, also behind IPv6's disguises of IPv4."""
+    """Return whether an address is on the public internet, also behind IPv6's forms of IPv4."""
     if isinstance(address, ipaddress.IPv4Address):
         return not any(address in network for network in _IPV4_REFUSED)
     if address.ipv4_mapped is not None:
@@ -68,7 +68,7 @@ def is_public(address: IPAddress) -> bool:
 
 
 def broken_rule(url: httpx.URL) -> str | None:
-    """Which rule for addresses from strangers `url` breaks, as far as can be said without DNS."""
+    """Return which rule for users' addresses `url` breaks; None for none that shows before DNS."""
     scheme, host = url.scheme, _host(url)
     if url.userinfo:
         return "an address must not hold a user name or password"
@@ -91,7 +91,7 @@ def broken_rule(url: httpx.URL) -> str | None:
 
 
 def guarded_client() -> httpx.Client:
-    """A client for the addresses of strangers, good for one file: LONGEST_FETCH_S starts now.
+    """Return a client for users' addresses, good for one file: LONGEST_FETCH_S starts now.
 
     Requests raise RefusedAddress where an address is not allowed, TransferFailed when time is up.
     """
@@ -102,27 +102,57 @@ def guarded_client() -> httpx.Client:
     )
 
 
-class GuardedTransport(httpx.HTTPTransport):
+class GuardedTransport(httpx.BaseTransport):
     """Checks every request, redirected ones too, and connects to checked addresses only."""
 
     def __init__(self, deadline: float) -> None:
-        # SSL_CERT_FILE and SSL_CERT_DIR are the operator's: an own certificate authority.
-        context = httpx.create_ssl_context(trust_env=True)
-        super().__init__(verify=context, trust_env=False)
         self._pool = httpcore.ConnectionPool(
-            ssl_context=context, network_backend=_GuardedBackend(deadline)
+            # SSL_CERT_FILE and SSL_CERT_DIR are the operator's: an own certificate authority.
+            ssl_context=httpx.create_ssl_context(trust_env=True),
+            network_backend=_GuardedBackend(deadline),
         )
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """As httpx asks for it."""
-        rule = broken_rule(request.url)
+        """Send a request. Raises RefusedAddress, and httpcore's errors as they are."""
+        url = request.url
+        rule = broken_rule(url)
         if rule is not None:
-            raise RefusedAddress(f"{shown_url(request.url)}: {rule}; {REMEDY}")
-        return super().handle_request(request)
+            raise RefusedAddress(f"{shown_url(url)}: {rule}; {REMEDY}")
+        response = self._pool.handle_request(
+            httpcore.Request(
+                request.method,
+                httpcore.URL(
+                    scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path
+                ),
+                headers=request.headers.raw,
+                extensions=request.extensions,
+            )
+        )
+        return httpx.Response(
+            response.status,
+            headers=response.headers,
+            stream=_Body(response),
+            extensions=response.extensions,
+        )
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._pool.close()
+
+
+class _Body(httpx.SyncByteStream):
+    def __init__(self, response: httpcore.Response) -> None:
+        self._response = response
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self._response.iter_stream()
+
+    def close(self) -> None:
+        self._response.close()
 
 
 class _GuardedBackend(httpcore.NetworkBackend):
-    """Looks hosts up, checks what comes, connects: the only place that does either."""
+    """Looks hosts up, checks the addresses and connects: the only place that does."""
 
     def __init__(self, deadline: float) -> None:
         self._deadline = deadline
@@ -198,12 +228,12 @@ class _PacedStream(httpcore.NetworkStream):
 
 
 def shown_url(url: httpx.URL) -> str:
-    """An address for messages: without query, which may hold a signature, and without user name."""
+    """Return an address for messages: without query, which may hold a signature, and user name."""
     return str(url.copy_with(userinfo=b"", query=None, fragment=None))
 
 
 def _checked_addresses(host: str, port: int) -> list[str]:
-    """Every address of `host`, looked up once. Raises RefusedAddress if any is not public."""
+    """Look `host` up, once. Raises RefusedAddress if any of its addresses is not public."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
@@ -211,7 +241,7 @@ def _checked_addresses(host: str, port: int) -> list[str]:
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     allowed = (host.lower().rstrip("."), port) in _allowed_hosts()
     if not allowed and not all(is_public(ipaddress.ip_address(a)) for a in addresses):
-        # The address itself is not told: it would be an answer about the inner network.
+        # Without the address itself: it would be information about the inner network.
         raise RefusedAddress(
             f"{host}: it has an address that is not public; {REMEDY} (who runs this container may"
             f" allow it with WEIGHTS_ALLOW_HOSTS={host}:{port})"
@@ -220,7 +250,7 @@ def _checked_addresses(host: str, port: int) -> list[str]:
 
 
 def _allowed_hosts() -> dict[tuple[str, int], bool]:
-    """WEIGHTS_ALLOW_HOSTS: by host and port, whether http is allowed too. Raises WrongSetting."""
+    """Return WEIGHTS_ALLOW_HOSTS: host and port → whether http is allowed. Raises WrongSetting."""
     allowed: dict[tuple[str, int], bool] = {}
     for entry in os.environ.get("WEIGHTS_ALLOW_HOSTS", "").split(","):
         if not entry.strip():
@@ -242,7 +272,7 @@ def _allowed_hosts() -> dict[tuple[str, int], bool]:
 
 
 def _host(url: httpx.URL) -> str:
-    """The host as it is looked up: ASCII, lower case, without the dot of the root."""
+    """Return the host as it is looked up: ASCII, lower case, without the dot of the root."""
     return url.raw_host.decode("ascii").lower().rstrip(".")
 
 
@@ -253,7 +283,7 @@ def _port(url: httpx.URL) -> int:
 
 
 def _literal(host: str) -> IPAddress | None:
-    """The address that `host` is, in its canonical spelling; None for a name."""
+    """Return the address that `host` is, in its canonical spelling; None for a name."""
     try:
         return ipaddress.ip_address(host) if "%" not in host else None  # %eth0: a zone
     except ValueError:

@@ -9,7 +9,6 @@ import json
 import os
 import socket
 import sys
-from dataclasses import replace
 
 # Event of Python's audit hooks → which of its arguments is the path that comes to be or changes.
 WRITES = {"os.mkdir": 0, "os.rename": 1, "os.link": 1, "os.symlink": 1, "os.truncate": 0}
@@ -20,7 +19,7 @@ RUNS |= {"pickle.find_class"}
 def become_the_tests(settings: dict) -> None:
     from tests import fake_names
     from weights import retry
-    from weights.user import resolve as offers
+    from weights.user import resolve
 
     file = os.open(settings["record"], os.O_WRONLY | os.O_APPEND)
 
@@ -45,8 +44,8 @@ def become_the_tests(settings: dict) -> None:
     dns, routes = settings["dns"], settings["routes"]
     socket.getaddrinfo = fake_names.lookup(dns, lambda _: None)
     socket.create_connection = fake_names.connect(dns, routes, lambda to: record("connect", *to))
-    retry.FOR_PEOPLE = replace(retry.FOR_PEOPLE, sleep=lambda _: None)
-    offers.MAX_BYTES = settings["max_bytes"]
+    retry.sleep = lambda _: None
+    resolve.MAX_BYTES = settings["max_bytes"]
     sys.addaudithook(hear)
 
 

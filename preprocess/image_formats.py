@@ -1,4 +1,4 @@
-"""Which files are pictures: the formats that are tried, their names' ends, what others are."""
+"""Which files are images: the formats that are tried, their suffixes, and what other files are."""
 
 import functools
 
@@ -12,7 +12,7 @@ _FORMATS = (
     *("CUR", "DIB", "PPM", "PSD", "QOI", "DDS", "PCX", "DCX", "SGI", "SUN", "XBM", "XPM", "MSP"),
     *("BLP", "FTEX", "FLI", "GBR", "PIXAR", "TGA"),
 )
-# Told by strong magic numbers; not TIFF, which a camera's raw files claim to be.
+# By strong magic numbers; not TIFF, which a camera's raw files claim to be.
 _PHOTO_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF", "HEIF")
 REMEDY = "send a PNG, JPEG, WebP, GIF, AVIF, HEIC, TIFF or BMP file"
 _OTHER_CONTENT = {  # beginnings, in lower case, of what is sent by mistake
@@ -30,7 +30,7 @@ _OTHER_CONTENT = {  # beginnings, in lower case, of what is sent by mistake
 
 @functools.cache
 def readable_formats() -> tuple[str, ...]:
-    """What `Image.open` may try; registers HEIF, at first use to keep the import cheap."""
+    """Return what `Image.open` may try; registers HEIF at the first call, as its import is slow."""
     from pillow_heif import register_heif_opener
 
     register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
@@ -38,7 +38,7 @@ def readable_formats() -> tuple[str, ...]:
 
 
 def describe_unknown(beginning: bytes, size: int, name: str) -> str:
-    """The message about a file that no decoder takes. Never shows the content itself."""
+    """Return the message about a file that no decoder reads, without its content."""
     if size == 0:
         return f"{name} is an empty file (0 bytes); {REMEDY}"
     start = beginning.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -49,24 +49,24 @@ def describe_unknown(beginning: bytes, size: int, name: str) -> str:
         if _claims(kind, beginning)
     )
     what = next(found, next(damaged, "of an unknown kind"))
-    return f"{name} is not a picture that can be read ({size} bytes, {what}); {REMEDY}"
+    return f"{name} is not an image that can be read ({size} bytes, {what}); {REMEDY}"
 
 
 def _claims(kind: str, beginning: bytes) -> bool:
-    """Whether a file that begins so is of this format, by its magic number."""
+    """Return whether the magic number is of this format."""
     accept = Image.OPEN[kind][1]
     return accept is not None and bool(accept(beginning[:16].ljust(16, b"\0")))
 
 
 def begins_like_photo(beginning: bytes) -> bool:
-    """Whether a file that begins so, with 64 bytes, claims a format that photos are shared in."""
+    """Return whether a file's first 64 bytes are of a format that photos are shared in."""
     readable_formats()
     Image.init()
     return any(_claims(kind, beginning) for kind in _PHOTO_FORMATS)
 
 
-def picture_suffixes() -> frozenset[str]:
-    """The ends of names that promise a picture: lower case, with their dot."""
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes of the formats that are read, in lower case, with their dot."""
     readable_formats()
     return frozenset(
         suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS
