@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -24,7 +24,6 @@ T = TypeVar("T")
 
 REQUIRED: Final = dataclasses.MISSING  # as `default`: there is none
 _KEY = "input"  # in the metadata of a dataclass field
-_Dataclass = Any  # a class or an instance: mypy takes neither for hashable
 
 
 @dataclass(frozen=True)
@@ -49,15 +48,18 @@ class Input:
     is_optional: bool
     default: object  # or REQUIRED
     option: Option  # with {n} and the choices of a StrEnum filled in
+    field: str = ""  # that has its value, in the dataclass or in a group
+    group: str = ""  # the field of the group, if it is in one
+    index: int | None = None  # of the group, if that is repeated
 
 
 @dataclass(frozen=True)
 class _Group:
     """The inputs of a nested dataclass, once for each prefix."""
 
-    cls: _Dataclass
+    cls: type[Any]
     prefixes: tuple[str, ...]
-    order: tuple[str, ...]
+    order: tuple[str, ...]  # of the inputs in the signature; (): that of the fields
     is_repeated: bool
 
 
@@ -96,9 +98,51 @@ def repeated(prefix: str, cls: type, *, count: int) -> Any:  # noqa: ANN401
     return dataclasses.field(default_factory=lambda: (cls(),) * count, metadata={_KEY: group})
 
 
-def flatten(cls: type[Any]) -> list[Input]:
+def flatten(cls: type[Any]) -> tuple[Input, ...]:
     """Return the inputs of a dataclass in the order of the signature."""
-    return list(_flatten(cls, "", 1))
+    return _flatten(cls)  # type: ignore[arg-type]  # mypy takes a class for not hashable
+
+
+@functools.cache  # type hints take milliseconds
+def _flatten(cls: type[Any]) -> tuple[Input, ...]:
+    found: list[Input] = []
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        declared = field.metadata.get(_KEY)
+        if isinstance(declared, Option):
+            type_, is_list, is_optional = _parse_annotation(hints[field.name])
+            if issubclass(type_, StrEnum):
+                declared = replace(declared, choices=tuple(member.value for member in type_))
+            name = field.name if declared.name is None else declared.name
+            default = field.default
+            found.append(Input(name, type_, is_list, is_optional, default, declared, field.name))
+        elif isinstance(declared, _Group):
+            entries = list(flatten(declared.cls))
+            if declared.order:
+                entries.sort(key=lambda entry: declared.order.index(entry.name))
+            for k, prefix in enumerate(declared.prefixes):
+                index = k if declared.is_repeated else None
+                found += [_grouped(entry, prefix, field.name, index) for entry in entries]
+    return tuple(found)
+
+
+def _grouped(entry: Input, prefix: str, group: str, index: int | None) -> Input:
+    """Return a group's input as one of the dataclass that has the group."""
+    name = f"{prefix}_{entry.name}" if entry.name else prefix
+    description = entry.option.description.replace("{n}", str((index or 0) + 1))
+    option = replace(entry.option, description=description)
+    return replace(entry, name=name, option=option, group=group, index=index)
+
+
+def _parse_annotation(annotation: Any) -> tuple[type, bool, bool]:  # noqa: ANN401
+    """Return (type, whether it is a list, whether it may be None)."""
+    arguments = [a for a in typing.get_args(annotation) if a is not type(None)]
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        type_, is_list, _ = _parse_annotation(arguments[0])
+        return type_, is_list, True
+    if typing.get_origin(annotation) is tuple:
+        return arguments[0], True, False
+    return annotation, False, False
 
 
 def from_inputs(cls: type[T], values: Mapping[str, object], error: type[Exception]) -> T:
@@ -107,81 +151,32 @@ def from_inputs(cls: type[T], values: Mapping[str, object], error: type[Exceptio
     Whole floats become int, as JSON has one type of number; secrets str, lists tuples. Raises
     `error` for a value of the wrong type, and for a file that the server has not downloaded.
     """
-    unknown = values.keys() - {entry.name for entry in flatten(cls)}
-    if unknown:
+    arguments: dict[str, Any] = {}
+    groups: dict[tuple[str, int | None], dict[str, Any]] = {}
+    names = set()
+    for entry in flatten(cls):
+        names.add(entry.name)
+        group = groups.setdefault((entry.group, entry.index), {}) if entry.group else arguments
+        if entry.name in values:
+            group[entry.field] = _convert(entry, values[entry.name], error)
+    if unknown := values.keys() - names:
         raise TypeError(f"{cls.__name__} has no input named {', '.join(sorted(unknown))}")
-    built: T = _build(cls, "", values, error)
-    return built
-
-
-def check(instance: object, error: type[Exception]) -> None:
-    """Raise `error` for the first value outside its range (NaN is) or choices."""
-    _check(instance, "", error)
-
-
-@functools.cache  # type hints take milliseconds
-def _walk(cls: _Dataclass, prefix: str, number: int) -> list[tuple[str, Input | _Group]]:
-    """Return the name of each field that is declared here, and what it declares."""
-    found: list[tuple[str, Input | _Group]] = []
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        declared = field.metadata.get(_KEY)
-        if isinstance(declared, _Group):
-            found.append((field.name, declared))
-        elif isinstance(declared, Option):
-            name = field.name if declared.name is None else declared.name
-            name = "_".join(part for part in (prefix, name) if part)
-            type_, is_list, is_optional = _taken_apart(hints[field.name])
-            option = replace(declared, description=declared.description.replace("{n}", str(number)))
-            if issubclass(type_, StrEnum):
-                option = replace(option, choices=tuple(member.value for member in type_))
-            entry = Input(name, type_, is_list, is_optional, field.default, option)
-            found.append((field.name, entry))
-    return found
-
-
-def _taken_apart(annotation: Any) -> tuple[type, bool, bool]:  # noqa: ANN401
-    """Return (type, whether it is a list, whether it may be None)."""
-    arguments = [a for a in typing.get_args(annotation) if a is not type(None)]
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        type_, is_list, _ = _taken_apart(arguments[0])
-        return type_, is_list, True
-    if typing.get_origin(annotation) is tuple:
-        return arguments[0], True, False
-    return annotation, False, False
-
-
-def _flatten(cls: _Dataclass, prefix: str, number: int) -> Iterator[Input]:
-    for _, declared in _walk(cls, prefix, number):
-        if isinstance(declared, Input):
-            yield declared
-            continue
-        for n, group_prefix in enumerate(declared.prefixes, 1):
-            entries = list(_flatten(declared.cls, group_prefix, n))
-            names = [f"{group_prefix}_{name}" for name in declared.order]
-            yield from sorted(entries, key=lambda e: names.index(e.name)) if names else entries
-
-
-def _build(
-    cls: _Dataclass, prefix: str, values: Mapping[str, object], error: type[Exception]
-) -> _Dataclass:
-    arguments: dict[str, object] = {}
-    for field, declared in _walk(cls, prefix, 1):
-        if isinstance(declared, _Group):
-            groups = tuple(_build(declared.cls, p, values, error) for p in declared.prefixes)
-            arguments[field] = groups if declared.is_repeated else groups[0]
-        elif declared.name in values:
-            arguments[field] = _converted(declared, values[declared.name], error)
+    for (name, index), given in groups.items():
+        (declared,) = (f for f in dataclasses.fields(cls) if f.name == name)  # type: ignore[arg-type]
+        built = declared.metadata[_KEY].cls(**given)
+        arguments[name] = built if index is None else (*arguments.get(name, ()), built)
     return cls(**arguments)
 
 
-def _converted(entry: Input, value: Any, error: type[Exception]) -> object:  # noqa: ANN401
+def _convert(entry: Input, value: Any, error: type[Exception]) -> object:  # noqa: ANN401
+    """Return a value as its field has it."""
     if value is None and entry.is_optional:
         return None
     if entry.is_list and isinstance(value, list | tuple):
-        names = [f"{entry.name}[{k}]" for k in range(len(value))]
-        elements = [replace(entry, name=name, is_list=False) for name in names]
-        return tuple(_converted(e, v, error) for e, v in zip(elements, value, strict=True))
+        elements = [
+            replace(entry, name=f"{entry.name}[{k}]", is_list=False) for k in range(len(value))
+        ]
+        return tuple(_convert(e, v, error) for e, v in zip(elements, value, strict=True))
     if entry.option.secret and hasattr(value, "get_secret_value"):
         return value.get_secret_value()
     if entry.type is Path and not isinstance(value, Path):
@@ -199,19 +194,18 @@ def _converted(entry: Input, value: Any, error: type[Exception]) -> object:  # n
     return value
 
 
-def _check(instance: _Dataclass, prefix: str, error: type[Exception]) -> None:
-    cls: _Dataclass = type(instance)
-    for field, declared in _walk(cls, prefix, 1):
-        value = getattr(instance, field)
-        if isinstance(declared, _Group):
-            groups = value if declared.is_repeated else (value,)
-            for group_prefix, group in zip(declared.prefixes, groups, strict=False):
-                _check(group, group_prefix, error)
-        elif declared.is_list:
+def check(instance: object, error: type[Exception]) -> None:
+    """Raise `error` for the first value outside its range (NaN is) or choices."""
+    for entry in flatten(type(instance)):
+        holders: Any = getattr(instance, entry.group) if entry.group else instance
+        if entry.index is not None and entry.index >= len(holders):
+            continue  # of a repeated group, there may be fewer
+        value = getattr(holders if entry.index is None else holders[entry.index], entry.field)
+        if entry.is_list:
             for k, element in enumerate(value or ()):
-                _check_value(replace(declared, name=f"{declared.name}[{k}]"), element, error)
+                _check_value(replace(entry, name=f"{entry.name}[{k}]"), element, error)
         elif value is not None:
-            _check_value(declared, value, error)
+            _check_value(entry, value, error)
 
 
 def _check_value(entry: Input, value: Any, error: type[Exception]) -> None:  # noqa: ANN401

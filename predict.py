@@ -16,8 +16,10 @@ from generation.base_models import (
     DEFAULT_BASE_MODEL,
     SAFETY_ENTRIES,
 )
+from generation.errors import InvalidRequest
 from generation.options import GenerationRequest
 from generation.outputs import OutputFolders
+from inputs import from_inputs
 from weights.edition import (
     model_budget,
     requested_compiling,
@@ -61,8 +63,7 @@ class Predictor(BasePredictor):
         self,
         # script/sync: begin
         prompt: str = Input(
-            default="An astronaut riding a rainbow unicorn",
-            description="Text prompt.",
+            default="An astronaut riding a rainbow unicorn", description="Text prompt."
         ),
         model: Optional[str] = Input(
             default=None,
@@ -158,10 +159,7 @@ class Predictor(BasePredictor):
             le=50,
         ),
         guidance_start: float = Input(
-            default=0,
-            description="Fraction of the steps after which guidance starts.",
-            ge=0,
-            le=1,
+            default=0, description="Fraction of the steps after which guidance starts.", ge=0, le=1
         ),
         guidance_end: float = Input(
             default=1,
@@ -223,20 +221,17 @@ class Predictor(BasePredictor):
             description="Scale of each of the loras, from -10 to 10. Defaults to 1 each.",
         ),
         hf_api_token: Optional[Secret] = Input(
-            default=None,
-            description="Hugging Face token, for weights that require one.",
+            default=None, description="Hugging Face token, for weights that require one."
         ),
         civitai_api_token: Optional[Secret] = Input(
-            default=None,
-            description="Civitai token, for weights that require one.",
+            default=None, description="Civitai token, for weights that require one."
         ),
         mask_from_alpha: bool = Input(
             default=False,
             description="Inpaint the transparent parts of the image instead of using a mask.",
         ),
         mask_invert: bool = Input(
-            default=False,
-            description="Invert the mask: black is repainted, white is kept.",
+            default=False, description="Invert the mask: black is repainted, white is kept."
         ),
         mask_blur: int = Input(
             default=8,
@@ -283,8 +278,7 @@ class Predictor(BasePredictor):
             choices=["SwinIR", "Real-ESRGAN"],
         ),
         disable_safety_checker: bool = Input(
-            default=False,
-            description="Return images without running the safety checker.",
+            default=False, description="Return images without running the safety checker."
         ),
         apply_watermark: bool = Input(
             default=True,
@@ -306,28 +300,16 @@ class Predictor(BasePredictor):
             description="Write the prompt, the seed and all settings into the files' metadata.",
         ),
         outpaint_left: int = Input(
-            default=0,
-            description="Pixels to add on the left of the image.",
-            ge=0,
-            le=4096,
+            default=0, description="Pixels to add on the left of the image.", ge=0, le=4096
         ),
         outpaint_right: int = Input(
-            default=0,
-            description="Pixels to add on the right of the image.",
-            ge=0,
-            le=4096,
+            default=0, description="Pixels to add on the right of the image.", ge=0, le=4096
         ),
         outpaint_top: int = Input(
-            default=0,
-            description="Pixels to add above the image.",
-            ge=0,
-            le=4096,
+            default=0, description="Pixels to add above the image.", ge=0, le=4096
         ),
         outpaint_bottom: int = Input(
-            default=0,
-            description="Pixels to add below the image.",
-            ge=0,
-            le=4096,
+            default=0, description="Pixels to add below the image.", ge=0, le=4096
         ),
         controlnet_1: str = Input(
             default="none",
@@ -486,18 +468,16 @@ class Predictor(BasePredictor):
             le=255,
         ),
         return_control_maps: bool = Input(
-            default=False,
-            description="Also return the control maps, before the images.",
+            default=False, description="Also return the control maps, before the images."
         ),
         control_maps_only: bool = Input(
-            default=False,
-            description="Return only the control maps and generate no images.",
+            default=False, description="Return only the control maps and generate no images."
         ),
         # script/sync: end
     ) -> List[Path]:
         """Generate images from a prompt, or from images and a prompt."""
         inputs = {name: value for name, value in locals().items() if name != "self"}
-        request = GenerationRequest.from_inputs(**inputs)
+        request = from_inputs(GenerationRequest, inputs, InvalidRequest)
         result = self.engine.generate(request, self.folders.fresh())
         self.record_metric("seed", result.plan.seeds[0])
         self.record_metric("num_inference_steps", result.plan.num_inference_steps)

@@ -10,6 +10,11 @@ import tempfile
 from pathlib import Path as LocalPath
 from typing import List, Optional  # noqa: UP035  the spelling that every version of Cog's parser reads
 
+# Imported here, although only trainings use it. Cog runs each training on a new thread, made outside
+# Python. pybind11 remembers the thread state of whoever first imports an extension built with it,
+# which would then be one that is gone: a later training would wait for the GIL forever
+# (pybind/pybind11#2888). torch, torchvision, triton and scipy share that memory: one is enough.
+import torch  # noqa: F401
 from cog import BaseModel, Input, Path
 
 from training.config import TRAINABLE_MODELS, TrainConfig
@@ -60,8 +65,7 @@ def train(
         le=100000,
     ),
     is_lora: bool = Input(
-        default=True,
-        description="Train a LoRA. If false, train the whole UNet: more memory",
+        default=True, description="Train a LoRA. If false, train the whole UNet: more memory"
     ),
     unet_learning_rate: Optional[float] = Input(
         default=None,
@@ -82,10 +86,7 @@ def train(
         le=10,
     ),
     lora_rank: Optional[int] = Input(
-        default=None,
-        description="Rank of the LoRA. Empty: the model's default",
-        ge=1,
-        le=256,
+        default=None, description="Rank of the LoRA. Empty: the model's default", ge=1, le=256
     ),
     lr_scheduler: Optional[str] = Input(
         default=None,
@@ -99,8 +100,7 @@ def train(
         le=100000,
     ),
     token_string: str = Input(
-        default="TOK",
-        description="Trigger word of the new concept in captions and prompts",
+        default="TOK", description="Trigger word of the new concept in captions and prompts"
     ),
     caption_prefix: str = Input(
         default="a photo of TOK, ",
@@ -115,8 +115,7 @@ def train(
         description="Crop around what the masks show. If false, crop around the center",
     ),
     use_face_detection_instead: bool = Input(
-        default=False,
-        description="Mask by detected faces instead of mask_target_prompts",
+        default=False, description="Mask by detected faces instead of mask_target_prompts"
     ),
     clipseg_temperature: float = Input(
         default=1.0,
@@ -124,10 +123,7 @@ def train(
         ge=0.01,
         le=1000,
     ),
-    verbose: bool = Input(
-        default=True,
-        description="Show a progress bar in the log",
-    ),
+    verbose: bool = Input(default=True, description="Show a progress bar in the log"),
     checkpointing_steps: Optional[int] = Input(
         default=None,
         description="Save a checkpoint every N steps to resume from (see TRAINING_CHECKPOINTS)",
@@ -155,8 +151,7 @@ def train(
         le=2560,
     ),
     use_rslora: bool = Input(
-        default=False,
-        description="Rank-stabilized LoRA: scale updates by alpha / sqrt(rank)",
+        default=False, description="Rank-stabilized LoRA: scale updates by alpha / sqrt(rank)"
     ),
     use_dora: bool = Input(
         default=False,
@@ -181,10 +176,7 @@ def train(
         choices=["adamw", "adamw_8bit", "prodigy", "adafactor"],
     ),
     gradient_accumulation_steps: int = Input(
-        default=1,
-        description="Batches per optimizer step",
-        ge=1,
-        le=64,
+        default=1, description="Batches per optimizer step", ge=1, le=64
     ),
     num_new_tokens: Optional[int] = Input(
         default=None,
@@ -193,8 +185,7 @@ def train(
         le=8,
     ),
     token_initializer: Optional[str] = Input(
-        default=None,
-        description="Word whose embedding the new ones start from. Empty: random ones",
+        default=None, description="Word whose embedding the new ones start from. Empty: random ones"
     ),
     pivot_fraction: float = Input(
         default=0.5,
@@ -221,10 +212,7 @@ def train(
         le=0.99,
     ),
     mask_floor: float = Input(
-        default=0.1,
-        description="Lowest loss weight of a masked pixel",
-        ge=0,
-        le=1,
+        default=0.1, description="Lowest loss weight of a masked pixel", ge=0, le=1
     ),
     random_flip: bool = Input(
         default=False,
@@ -244,10 +232,7 @@ def train(
         description="Archive of images of the class, for prior_preservation class_images",
     ),
     prior_loss_weight: float = Input(
-        default=1.0,
-        description="Weight of the prior-preservation loss",
-        ge=0,
-        le=100,
+        default=1.0, description="Weight of the prior-preservation loss", ge=0, le=100
     ),
     compile_unet: bool = Input(
         default=False,
@@ -258,8 +243,7 @@ def train(
         description="With 8 images or more, hold out one in 8 and report the loss on them",
     ),
     preview_prompts: List[str] = Input(
-        default=[],
-        description="Prompts of the report's preview images, generated during training",
+        default=[], description="Prompts of the report's preview images, generated during training"
     ),
     preview_steps: Optional[int] = Input(
         default=None,
@@ -274,10 +258,7 @@ def train(
         le=10,
     ),
     max_grad_norm: float = Input(
-        default=1.0,
-        description="Norm to clip gradients to",
-        ge=1e-06,
-        le=1000000.0,
+        default=1.0, description="Norm to clip gradients to", ge=1e-06, le=1000000.0
     ),
     gradient_checkpointing: Optional[bool] = Input(
         default=None,
@@ -292,7 +273,7 @@ def train(
     resolve(config, TRAINABLE_MODELS[edition], n_examples=2)  # every rule, before anything is read
     check_class_images(config.class_images is not None, config.prior_preservation)
 
-    from training.run import run  # imports torch
+    from training.run import run
 
     folder = _empty_folder()
     try:

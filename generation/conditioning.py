@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cachetools import LRUCache
 from torch import Tensor
 
 from generation.text_encoding import EncodedText, TextEncoder, encode_text, pad_to_longest
 from models.components import ModelComponents
+from models.lru_cache import LRUCache
 
 CACHED_TEXTS = 64  # 0.3 MB each for every 75 tokens, at SDXL's widths
 # diffusers' defaults for SDXL's refiner (LAION aesthetics scores)
@@ -48,15 +48,6 @@ class Conditioning:
             return None
         return {"text_embeds": self.pooled_prompt_embeds, "time_ids": self.add_time_ids}
 
-    def unet_arguments(self) -> dict[str, Any]:
-        """Return the named arguments of the UNet's forward pass."""
-        return {
-            "encoder_hidden_states": self.prompt_embeds,
-            "timestep_cond": self.timestep_cond,
-            "added_cond_kwargs": self.added_arguments(),
-            "return_dict": False,
-        }
-
 
 def condition(
     components: ModelComponents,
@@ -73,7 +64,12 @@ def condition(
     like = embeds[0]
     added: dict[str, Tensor] = {}
     if components.is_sdxl:
-        ids = _time_ids(size, components.requires_aesthetics_score)[-len(embeds) :]
+        # Micro-conditioning (arXiv:2307.01952, section 2.2): original size, crop, and target size
+        # or, for the refiner, a score; sizes as (height, width).
+        ends: list[list[float]] = [[size[1], size[0]]] * 2
+        if components.requires_aesthetics_score:
+            ends = [[NEGATIVE_AESTHETIC_SCORE], [AESTHETIC_SCORE]]
+        ids = [[size[1], size[0], 0, 0, *end] for end in ends][-len(embeds) :]
         added["pooled_prompt_embeds"] = _repeat([p for p in pooled if p is not None], n_images)
         rows = [torch.tensor([row], dtype=like.dtype) for row in ids]
         added["add_time_ids"] = _repeat(rows, n_images).to(like.device)
@@ -89,18 +85,6 @@ def condition(
 def _repeat(rows: Sequence[Tensor], n_images: int) -> Tensor:
     """Repeat each row (1, ...) for every image: (rows · n_images, ...)."""
     return torch.cat([row.repeat_interleave(n_images, dim=0) for row in rows])
-
-
-def _time_ids(size: tuple[int, int], score: bool) -> tuple[list[float], list[float]]:
-    """Return SDXL's micro-conditioning of negative prompts and prompts (section 2.2 of its paper).
-
-    Original size (height, width), crop (top, left), and target size or the aesthetics score.
-    """
-    width, height = size
-    ids: list[float] = [height, width, 0, 0]
-    if score:
-        return [*ids, NEGATIVE_AESTHETIC_SCORE], [*ids, AESTHETIC_SCORE]
-    return [*ids, height, width], [*ids, height, width]
 
 
 class PromptEncoder:
@@ -135,17 +119,19 @@ class PromptEncoder:
 
         def encode(name: str, text: str) -> EncodedText:
             key = (len(encoders), clip_skip, state, text)
-            if key not in self._cache:
-                self._cache[key] = encode_text(encoders, text)
-            for note in self._cache[key].notes:
+            encoded = self._cache.get(key)
+            if encoded is None:
+                encoded = encode_text(encoders, text)
+                self._cache.add(key, encoded)
+            for note in encoded.notes:
                 print(f"{name}: {note}")
-            return self._cache[key]
+            return encoded
 
         positive = encode("prompt", prompt)
         if negative_prompt is None:
             return PromptEmbeddings(positive.embeds, positive.pooled, None, None)
         negative = encode("negative_prompt", negative_prompt)
-        embeds, negative_embeds = pad_to_longest(
-            (positive.embeds, negative.embeds), lambda: [encode("prompt", "").embeds] * 2
-        )
-        return PromptEmbeddings(embeds, positive.pooled, negative_embeds, negative.pooled)
+        embeds = [positive.embeds, negative.embeds]
+        if embeds[0].shape != embeds[1].shape:
+            embeds = pad_to_longest(embeds, lambda: [encode("prompt", "").embeds] * 2)
+        return PromptEmbeddings(embeds[0], positive.pooled, embeds[1], negative.pooled)

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from cachetools import LRUCache
 from torch import Tensor
 
+from models.lru_cache import LRUCache
 from weights.formats.types import LoraDelta, TrainedWeights
 
 MAX_TRANSIENT_BYTES = 500_000_000  # in fp32, of the modules that are merged at once
@@ -69,12 +69,13 @@ class DeltaCache:
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._parameters = parameters
-        self._cache: LRUCache[int, Deltas] = LRUCache(CACHED_BYTES, getsizeof=_n_bytes)
+        self._cache: LRUCache[int, Deltas] = LRUCache(CACHED_BYTES, _n_bytes)
 
     def get(self, weights: TrainedWeights) -> Iterator[BatchedDelta | SingleDelta]:
         """Yield the deltas of a LoRA, each module's once."""
-        if weights.serial in self._cache:
-            yield from self._cache[weights.serial]
+        cached = self._cache.get(weights.serial)
+        if cached is not None:
+            yield from cached
             return
         batches: list[BatchedDelta | SingleDelta] = []
         n_bytes = 0
@@ -89,7 +90,7 @@ class DeltaCache:
             device = self._parameters[batches[0].names[0]].device
             # They are there already; the free memory is for what else comes.
             if is_accelerator(device) and device_for_copies(device, 0) == device:
-                self._cache[weights.serial] = batches
+                self._cache.add(weights.serial, batches)
 
 
 def _n_bytes(batches: Deltas) -> int:

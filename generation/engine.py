@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +133,9 @@ class Engine:
             sampler = self._stage_sampler(spec, plan, models, adapters, tokenizers, timings)
             for number, stage in enumerate(plan.stages):
                 if number > 0 and not stage.margins and stage.size != images[0].size:
-                    factor = max(stage.width / images[0].width, stage.height / images[0].height)
+                    factor = max(
+                        new / old for new, old in zip(stage.size, images[0].size, strict=True)
+                    )
                     images = self._postprocessor.upscale(images, factor, request.upscaler, timings)
                 start = prepare_stage(stage, plan, spec, images, mask)
                 if plan.controlnets:
@@ -149,7 +151,7 @@ class Engine:
                 texts = {k: metadata.describe(plan, spec, adapters, k) for k in processed}
             file_format, quality = request.output_format, request.output_quality
             files = outputs.save(processed, folder, file_format, quality, texts)
-            if request.returns_control_maps:
+            if maps and request.returns_control_maps:
                 files = (*outputs.save_maps(maps, folder), *files)
         return GenerationResult(files, plan, timings.seconds, timings.peak_memory())
 
@@ -209,15 +211,17 @@ class Engine:
     ) -> StageSampler:
         """Encode the prompts, and return what the stages share."""
         prompts = [plan.request.prompt, plan.request.negative_prompt]
+        state: Hashable = ()
         if adapters:
             prompts = [replace_all_trigger_words(text, adapters) for text in prompts]
+            state = text_encoder_cache_key(adapters)
         encode = functools.partial(
             self._prompts.encode,
             tokenizers=tokenizers,
             prompt=prompts[0],
             negative_prompt=prompts[1] if plan.do_classifier_free_guidance else None,
             clip_skip=plan.request.clip_skip,
-            state=(spec.weights, text_encoder_cache_key(adapters)),
+            state=(spec.weights, state),
         )
         with timings.measure("text"):
             return StageSampler(

@@ -48,7 +48,9 @@ class NonBlockingCopies(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
         """Replace this one kind of call; see PyTorch's torch.overrides."""
         if func is Tensor.to and len(args) == 2 and isinstance(args[1], torch.device):
-            return copy_to_device(*args)
+            tensor, device = args
+            if tensor.device.type == "cpu":
+                return copy_to_device(tensor, device)
         return func(*args, **(kwargs or {}))
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cachetools import LRUCache
 from torch import Tensor, nn
 
 from generation import delta_merge
@@ -21,6 +20,7 @@ from generation.adapters import (
 from generation.errors import InvalidRequest
 from generation.plan import WeightsUse
 from models.components import UNET, ModelComponents
+from models.lru_cache import LRUCache
 from models.tokens import add_placeholder_tokens, text_transformer
 from weights.formats.read import read_trained
 from weights.formats.types import (
@@ -46,7 +46,7 @@ class AdapterManager:
         self._merger = LoraMerger(components)
         self._shapes = ModelShapes.of(components.adaptable())
         self._cache: LRUCache[tuple[str, str], TrainedWeights] = LRUCache(
-            MEMORY_BYTES, getsizeof=lambda weights: weights.n_bytes
+            MEMORY_BYTES, lambda weights: weights.n_bytes
         )
         self._operator_weights: TrainedWeights | None = None
         self._model_weights: dict[Path, TrainedWeights] = {}
@@ -119,8 +119,7 @@ class AdapterManager:
             if weights is None:
                 weights = read_trained(file.path, name, self._shapes, file.file_name)
                 weights = replace(weights, digest=file.digest)
-                if weights.n_bytes <= MEMORY_BYTES:
-                    self._cache[key] = weights
+                self._cache.add(key, weights)
         print(f"{name}: {weights.description}")
         return weights
 
@@ -162,13 +161,14 @@ class LoraMerger:
         owner = self._owner = object()
         kept = False
         try:
-            self._switch_to(tuple(adapters))
+            if adapters or self._merged != ():
+                self._switch_to(tuple(adapters))
             kept = keep
             yield self._tokenizers
         finally:
             # A request cancelled between here and its `with` statement ends when its frames are
             # freed, perhaps during the next request, whose adapters it must not take back.
-            if not kept and self._owner is owner:
+            if not kept and self._owner is owner and self._merged != ():
                 self._switch_to(())
 
     def recover(self) -> None:
@@ -245,11 +245,13 @@ class LoraMerger:
 
     def _tokenizer(self, name: str, tokens: tuple[str, ...]) -> Any:  # noqa: ANN401
         """Return a text encoder's tokenizer with the tokens, whose ids are the appended rows'."""
-        if (name, tokens) not in self._extended:
+        extended = self._extended.get((name, tokens))
+        if extended is None:
             first_id = self._embeddings[name].shape[0]
             original = self._components.tokenizers[name]
-            self._extended[name, tokens] = add_placeholder_tokens(original, tokens, first_id)
-        return self._extended[name, tokens]
+            extended = add_placeholder_tokens(original, tokens, first_id)
+            self._extended.add((name, tokens), extended)
+        return extended
 
     def _pool_at_end_token(self) -> None:
         """Pool where the text ends (models.tokens.pooled_at_end_token says why)."""

@@ -58,7 +58,7 @@ def describe(
         hires = plan.stages[-1]
         if plan.mode is Mode.TXT2IMG:  # there, it is that of the hires stage
             settings["Denoising strength"] = f"{hires.strength:g}"
-        settings["Hires resize"] = f"{hires.width}x{hires.height}"
+        settings["Hires resize"] = f"{hires.size[0]}x{hires.size[1]}"
         settings["Hires upscaler"] = _A1111_UPSCALERS[Upscaler(request.upscaler)]
     for k, control in enumerate(plan.controlnets):
         values = {

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from generation.base_models import BASE_MODEL_NAMES, MAX_OUTPUTS_DISTILLED
 from generation.controlnets import ControlRequest
-from generation.errors import InvalidRequest
 from generation.schedulers import SCHEDULERS, ScheduleType
 from generation.sizes import AspectRatio, Margins
-from inputs import from_inputs, grouped, option, repeated
+from inputs import grouped, option, repeated
 
 MAX_NUM_INFERENCE_STEPS = 500
 MAX_CONTROLNETS = 3
@@ -272,8 +271,3 @@ class GenerationRequest:
     def returns_control_maps(self) -> bool:
         """Whether control maps are returned, with or without images."""
         return self.return_control_maps or self.control_maps_only
-
-    @classmethod
-    def from_inputs(cls, **values: object) -> "GenerationRequest":
-        """Build the request from the arguments that Cog passes. Raises InvalidRequest."""
-        return from_inputs(cls, values, InvalidRequest)

@@ -1,6 +1,6 @@
 """What the engine carries out: a request with every value settled. Torch is not imported."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 from generation.controlnets import ControlNetPlan
@@ -35,18 +35,12 @@ class StagePlan:
     """One run of encoding, denoising and decoding, which continues the images of the last one."""
 
     mode: Mode  # TXT2IMG, IMG2IMG or INPAINT
-    width: int  # of its results in pixels: of the images before it, with `margins` or enlarged
-    height: int
+    size: Size  # of its results: that of the images before it, with `margins` or enlarged
     strength: float  # 1 starts from noise
     num_inference_steps: int  # of the whole schedule: the last strength x steps of it run
     is_refined: bool  # whether the refiner acts in it
-    margins: Margins = field(default_factory=Margins)  # to add to its images; they are its mask
+    margins: Margins | None = None  # to add to its images; they are its mask
     offset: tuple[int, int] = (0, 0)  # (left, top) of its results in the final image, in pixels
-
-    @property
-    def size(self) -> Size:
-        """(width, height) in pixels."""
-        return self.width, self.height
 
 
 @dataclass(frozen=True)

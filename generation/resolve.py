@@ -2,7 +2,6 @@
 
 import math
 import secrets
-from collections.abc import Iterator
 from dataclasses import replace
 
 from generation.base_models import BaseModelSpec, GuidanceMode
@@ -18,8 +17,8 @@ from generation.plan import BASE_IMAGE_STRENGTH, GenerationPlan, Mode, StagePlan
 from generation.rules import check_request, resolve_controlnets
 from generation.schedulers import SCHEDULERS, ScheduleType
 from generation.sizes import (
+    NO_MARGINS,
     AspectRatio,
-    Margins,
     Size,
     extended_size,
     outpaint_steps,
@@ -48,8 +47,7 @@ def resolve(
         control_size: that of the first control image; without an image, outputs have its shape.
 
     Raises:
-        InvalidRequest: naming the value, the rule and the remedy.
-        InvalidSource: the same, for a reference to weights or a token.
+        InvalidRequest, or InvalidSource for a reference to weights or a token.
     """
     mode = resolve_mode(request)
     check_request(request, spec)
@@ -66,11 +64,11 @@ def resolve(
     if mode is not Mode.TXT2IMG:
         strength = max(request.prompt_strength, 1 / most)
         steps = at_least_one_step(strength, steps, most)
-    refine_steps = at_least_one_step(BASE_IMAGE_STRENGTH, request.refine_steps or steps, most)
-    first = StagePlan(mode, *size, strength, steps, is_refined and hires is None)
-    stages = [first]
-    if mode is Mode.OUTPAINT and image_size:
-        stages = list(_outpaint_stages(first, request.outpaint, image_size))
+    refine_steps = request.refine_steps or steps
+    if request.refine == Refine.BASE_IMAGE:
+        refine_steps = at_least_one_step(BASE_IMAGE_STRENGTH, refine_steps, most)
+    first = StagePlan(mode, size, strength, steps, is_refined and hires is None)
+    stages = [first] if mode is not Mode.OUTPAINT else _outpaint_stages(first, request, image_size)
     if hires is not None:
         stages.append(hires)
     if request.upscale != Upscale.OFF:
@@ -109,14 +107,18 @@ def at_least_one_step(strength: float, steps: int, most: int) -> int:
     return steps
 
 
-def _outpaint_stages(first: StagePlan, outpaint: Margins, size: Size) -> Iterator[StagePlan]:
-    """Yield the stages that extend an image of `size` step by step."""
-    left, top = outpaint.left, outpaint.top  # that remain to be added
-    for margins in outpaint_steps(size, outpaint):
+def _outpaint_stages(
+    first: StagePlan, request: GenerationRequest, size: Size | None
+) -> list[StagePlan]:
+    """Return the stages that extend an image of `size` step by step."""
+    assert size is not None
+    stages = []
+    left, top = request.outpaint.left, request.outpaint.top  # that remain to be added
+    for margins in outpaint_steps(size, request.outpaint):
         left, top = left - margins.left, top - margins.top
-        size = extended_size(size, margins)
-        stage = replace(first, mode=Mode.INPAINT, width=size[0], height=size[1])
-        yield replace(stage, margins=margins, offset=(left, top))
+        size, offset = extended_size(size, margins), (left, top)
+        stages.append(replace(first, mode=Mode.INPAINT, size=size, margins=margins, offset=offset))
+    return stages
 
 
 def _hires_stage(
@@ -146,7 +148,7 @@ def _hires_stage(
     strength = request.hires_strength
     strength = max(spec.hires_strength if strength is None else strength, 1 / most)
     steps = at_least_one_step(strength, steps, most)
-    return StagePlan(Mode.IMG2IMG, width, height, strength, steps, is_refined)
+    return StagePlan(Mode.IMG2IMG, (width, height), strength, steps, is_refined)
 
 
 def _size(request: GenerationRequest, mode: Mode, spec: BaseModelSpec, image: Size | None) -> Size:
@@ -169,6 +171,8 @@ def _size(request: GenerationRequest, mode: Mode, spec: BaseModelSpec, image: Si
         return outpainted_size(image, request.outpaint)
     if ratio is not None:
         return size_of_ratio(AspectRatio(ratio), spec)
+    if image is None and not given:
+        return spec.native_size, spec.native_size
     if image is not None and not given:
         # Inpainting returns the image at the size it has.
         return image if mode is Mode.INPAINT else size_of_aspect(*image, spec)
@@ -205,12 +209,12 @@ def resolve_mode(request: GenerationRequest) -> Mode:
     """
     masks = [name for name in ("mask", "mask_from_alpha") if getattr(request, name)]
     if request.image is None:
-        for name in [*masks, *(["outpaint_*"] if request.outpaint else [])]:
+        for name in [*masks, *(["outpaint_*"] if request.outpaint != NO_MARGINS else [])]:
             raise InvalidRequest(f"{name} is given without an image; give the image it is about")
         return Mode.TXT2IMG
     if len(masks) > 1:
         raise InvalidRequest("mask and mask_from_alpha are both given; give one of them")
-    if request.outpaint:
+    if request.outpaint != NO_MARGINS:
         if masks:
             raise InvalidRequest(
                 f"{masks[0]} and outpaint_* are both given; repaint and extend in two requests"

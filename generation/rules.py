@@ -123,7 +123,8 @@ def resolve_controlnets(
     plans = []
     for n, control in enumerate(request.controls, 1):
         name = f"controlnet_{n}"
-        _check_control(name, control)
+        if control != ControlRequest():
+            _check_control(name, control)
         if control.control_type != NO_CONTROL:
             plans.append(_control_plan(name, control, spec))
     low, high = request.canny_low_threshold, request.canny_high_threshold
@@ -138,7 +139,9 @@ def resolve_controlnets(
                 f"{name} is on, but there is no ControlNet whose map could be returned; choose"
                 " controlnet_1 and send controlnet_1_image"
             )
-    return tuple(plan for plan in plans if request.returns_control_maps or plan.has_effect)
+    if plans and not request.returns_control_maps:
+        plans = [plan for plan in plans if plan.has_effect]
+    return tuple(plans)
 
 
 def _check_control(name: str, request: ControlRequest) -> None:

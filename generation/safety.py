@@ -55,7 +55,7 @@ class SafetyChecker:
         """Return for each image (RGB, any size) whether both models find it unsafe."""
         flagged = self.flagged(images)
         doubtful = [image for image, bad in zip(images, flagged, strict=True) if bad]
-        confirmed = iter(self.confirmed(doubtful))
+        confirmed = iter(self.confirmed(doubtful) if doubtful else [])
         return [bad and next(confirmed) for bad in flagged]
 
     @torch.inference_mode()

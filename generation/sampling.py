@@ -210,7 +210,6 @@ class CFGDenoiser:
                 sample = torch.cat([sample, sample])
             else:
                 guidance, conditioning = None, conditioning.of_prompts()
-        unet = self.model.components.unet
         sample = sample.to(self.model.dtype)
         # As a number: copying the tensor to a GPU would wait for it.
         t = torch.full((), float(timestep), dtype=torch.float32, device=sample.device)
@@ -219,12 +218,18 @@ class CFGDenoiser:
             if controlnet.plan.start <= before and after <= controlnet.plan.end:
                 added = controlnet.residuals(sample, t, conditioning)
                 residuals = added if residuals is None else add_residuals(residuals, added)
-        arguments = conditioning.unet_arguments()
-        if residuals is not None:
-            arguments["down_block_additional_residuals"] = residuals.down
-            arguments["mid_block_additional_residual"] = residuals.mid
-        noise_pred: Tensor = self.model.graphs.run("unet", unet.forward, sample, t, **arguments)[0]
-        noise_pred = noise_pred.float()
+        noise_pred: Tensor = self.model.graphs.run(
+            "unet",
+            self.model.components.unet,
+            sample,
+            t,
+            encoder_hidden_states=conditioning.prompt_embeds,
+            timestep_cond=conditioning.timestep_cond,
+            added_cond_kwargs=conditioning.added_arguments(),
+            down_block_additional_residuals=residuals and residuals.down,
+            mid_block_additional_residual=residuals and residuals.mid,
+            return_dict=False,
+        )[0].float()
         if guidance is None:
             return noise_pred
         negative, positive = noise_pred.chunk(2)

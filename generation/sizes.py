@@ -52,8 +52,8 @@ class Margins:
     right: int = option(0, "Pixels to add on the right of the image.", ge=0, le=4096)
     bottom: int = option(0, "Pixels to add below the image.", ge=0, le=4096)
 
-    def __bool__(self) -> bool:
-        return self != Margins()
+
+NO_MARGINS = Margins()
 
 
 def size_of_ratio(ratio: AspectRatio, spec: BaseModelSpec) -> Size:
@@ -154,5 +154,5 @@ def outpaint_steps(size: Size, margins: Margins) -> Iterator[Margins]:
     )
     for k in range(count):
         part = Margins(*(m * (k + 1) // count - m * k // count for m in astuple(margins)))
-        if part:  # a side of a few pixels takes more steps than it has pixels to add
+        if part != NO_MARGINS:  # a side of a few pixels takes more steps than it has pixels to add
             yield part

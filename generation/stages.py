@@ -87,7 +87,9 @@ def prepare_stage(
     else:
         images = [cover_crop(image, stage.size) for image in images]
     if stage.mode is not Mode.INPAINT:
-        return StageInput(images, CropRegion.whole((plan.width, plan.height), stage.size), None)
+        return StageInput(
+            images, CropRegion((0, 0, plan.width, plan.height), stage.size, stage.size), None
+        )
     assert mask is not None
     inpaint = inpaint_region(mask, plan.request, stage.strength, spec)
     return StageInput(images, inpaint.crop.moved(*stage.offset), inpaint)

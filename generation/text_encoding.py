@@ -81,9 +81,7 @@ class _ClipSkip:
         )
 
 
-def pad_to_longest(
-    embeds: Sequence[Tensor], empty: Callable[[], Sequence[Tensor]]
-) -> Sequence[Tensor]:
+def pad_to_longest(embeds: list[Tensor], empty: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
     """Pad embeddings (1, 77 n, width) with those of an `empty` text, one for each."""
     longest = max(each.shape[1] for each in embeds)
     if all(each.shape[1] == longest for each in embeds):

@@ -1,10 +1,13 @@
 """What every test may ask of the command line, and which tests run side by side."""
 
+import os
+
+import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 
 def pytest_addoption(parser):
-    group = parser.getgroup("test_replaceable_state.py")
+    group = parser.getgroup("test_adapter_state.py")
     group.addoption("--state-sequences", type=int, metavar="N", help="N sequences, not always 64")
     group.addoption("--state-seed", type=int, metavar="S", help="the first sequence's number")
 
@@ -26,3 +29,12 @@ class ByFile(LoadScopeScheduling):
 
 def pytest_xdist_make_scheduler(config, log):
     return ByFile(config, log)
+
+
+@pytest.fixture
+def cpp_compiler(tmp_path_factory, monkeypatch):
+    """Have torch.compile's check find a compiler, which nothing may call."""
+    folder = tmp_path_factory.mktemp("compiler")
+    (folder / "g++").touch(mode=0o755)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)

@@ -10,7 +10,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from tests.packed import gz_bytes, tar_bytes, tar_info, zip_bytes  # noqa: F401
+from tests.helpers.archives import gz_bytes, tar_bytes, tar_info, zip_bytes  # noqa: F401
 from weights.formats.key_map import to_sgm
 from weights.formats.read import read_trained
 from weights.formats.types import LoraDelta, ModelShapes, TrainedWeights

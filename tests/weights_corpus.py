@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from tests.brought_weights import data_uri
 from tests.fake_hub import COMMIT
 from tests.fake_web import Page
+from tests.helpers.user_weight_fixtures import data_uri
 from tests.hostile_files import ARCHIVES, CONTAINERS, HEADERS, LORA, UNFIT, with_pax, with_size
 from tests.hostile_references import BAD_ANSWERS, BAD_PLACES, REFERENCES, WITH_BLANKS
 from tests.server.internet import INNER_NAMES, hub_pages

@@ -70,8 +70,14 @@ def replace_signature(text: str, file: str, wanted: Iterable[Parameter]) -> str:
 
 
 def _lines(parameter: Parameter, indent: int) -> list[str]:
-    """The parameter as ruff formats it."""
-    lines = [f"{parameter.name}: {parameter.annotation} = Input("]
+    """Return the parameter as ruff formats it: in one line, in three, or one for each argument."""
+    head = f"{parameter.name}: {parameter.annotation} = Input("
+    arguments = ", ".join(f"{name}={_literal(v)}" for name, v in parameter.keywords.items())
+    if indent + len(f"{head}{arguments}),") <= LINE_LENGTH:
+        return [f"{head}{arguments}),"]
+    if indent + len(f"    {arguments}") <= LINE_LENGTH:
+        return [head, f"    {arguments}", "),"]
+    lines = [head]
     for name, value in parameter.keywords.items():
         line = f"    {name}={_literal(value)},"
         if isinstance(value, list) and indent + len(line) > LINE_LENGTH:

@@ -7,7 +7,7 @@ models and ControlNets: two more of its tables.
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -62,7 +62,7 @@ def main(argv: list[str], root: Path) -> int:
     return 1 if check and changed else 0
 
 
-def synchronised(root: Path, predict: list[Input], train: list[Input]) -> Mapping[str, str]:
+def synchronised(root: Path, predict: Sequence[Input], train: Sequence[Input]) -> Mapping[str, str]:
     """Return the wanted text of every file."""
     version = yaml.safe_load(_read(root, "cog.yaml"))["build"]["sdk_version"]
     components = {"TrainingInput": train, "Input": predict}
@@ -84,7 +84,7 @@ def synchronised(root: Path, predict: list[Input], train: list[Input]) -> Mappin
     }
 
 
-def _signature(root: Path, function: str, inputs: list[Input]) -> str:
+def _signature(root: Path, function: str, inputs: Sequence[Input]) -> str:
     """Return the text of a target; what Cog reads from it is checked."""
     file, wanted = f"{function}.py", signature.parameters(inputs)
     text = signature.replace_signature(_read(root, file), file, wanted)

@@ -12,21 +12,29 @@ from PIL import Image
 
 import generation.engine
 from generation.engine import Engine, GenerationResult
-from tests.miniature.stock import PROMPT, SEED, SETTINGS, SIZE, File, copy_of, draw
-from tests.requests import REQUEST
+from tests.helpers.request import REQUEST
+from tests.miniature.reference_pipelines import (
+    PROMPT,
+    SEED,
+    SETTINGS,
+    SIZE,
+    File,
+    copy_of,
+    draw,
+    load_reference,
+)
 from weights.catalog import Edition
 from weights.miniature import world
-from weights.miniature.evaluate import FOLDER, load_pipeline
 
 RED_ON_BLUE = replace(REQUEST, num_inference_steps=8)
 
 
 @dataclass(frozen=True)
 class Made:
-    """A result, its pictures, its files' bytes, and the latents they were decoded from."""
+    """A result, its images, its files' bytes, and the latents they were decoded from."""
 
     result: GenerationResult
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     bytes: list[bytes]
     latents: torch.Tensor
 
@@ -54,19 +62,19 @@ def make(engine, tmp_path, monkeypatch) -> Callable[..., Made]:
         folder = Path(tmp_path, str(len(list(tmp_path.iterdir()))))
         folder.mkdir()
         result = engine.generate(replace(RED_ON_BLUE, **changes), folder)
-        pictures = [Image.open(path).copy() for path in result.files]
-        return Made(result, pictures, [path.read_bytes() for path in result.files], seen[-1])
+        images = [Image.open(path).copy() for path in result.files]
+        return Made(result, images, [path.read_bytes() for path in result.files], seen[-1])
 
     return make
 
 
-# Trained weights beside stock diffusers (tests/miniature/stock.py)
+# Trained weights beside stock diffusers (tests/miniature/reference_pipelines.py)
 
 
 @pytest.fixture(scope="session")
 def pristine():
     """A stock pipeline; nothing may be loaded into it."""
-    return load_pipeline(FOLDER)
+    return load_reference()
 
 
 @pytest.fixture
@@ -96,12 +104,12 @@ def adapted(make, monkeypatch, tmp_path_factory) -> Callable[..., torch.Tensor]:
 
 @pytest.fixture
 def files(tmp_path) -> dict[str, Path]:
-    """A picture of the miniature's world and a mask of its middle, by name."""
+    """An image of the miniature's world and a mask of its middle, by name."""
     scene = world.random_scene(np.random.default_rng(3))
     mask = Image.new("L", (128, 128), 0)
     mask.paste(255, (32, 32, 96, 96))
     found = {}
-    for name, picture in (("picture", world.render(scene, 128, 128)), ("mask", mask)):
+    for name, image in (("image", world.render(scene, 128, 128)), ("mask", mask)):
         found[name] = tmp_path / f"{name}.png"
-        picture.save(found[name])
+        image.save(found[name])
     return found

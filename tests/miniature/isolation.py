@@ -1,4 +1,4 @@
-"""What engines go through in tests of their state, and how what they hold and make compares."""
+"""Failures that tests of isolation inject into an engine, and what of it they compare."""
 
 import dis
 import hashlib
@@ -17,10 +17,12 @@ from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedTokenizerBase
 
-from generation.base_models import MINIATURE_SDXL
 from generation.engine import Engine
 from generation.errors import OutOfDeviceMemory
-from tests.requests import REQUEST
+from models.components import ModelComponents
+from tests.helpers.engines import base_model, refiner
+from tests.helpers.request import REQUEST
+from tests.miniature.pipeline_components import to_pipeline
 
 STEPS = 3
 UNET = ("UNet2DConditionModel",)
@@ -28,7 +30,7 @@ EVERY_MODEL = (*UNET, "CLIPTextModel", "Encoder", "Decoder")
 
 
 class Cancelled(BaseException):
-    """As Cog raises it: no `except Exception` sees it."""
+    """A cancellation as Cog raises it: `except Exception` does not catch it."""
 
 
 Error = Callable[[], BaseException]
@@ -40,38 +42,38 @@ ERRORS: dict[str, tuple[Error, type[BaseException]]] = {
 }
 
 
-def pictures(engine: Engine, sources: Path, **changes: object) -> list[np.ndarray]:
-    """Of a request with these changes, (H, W, 3) each; images are given by their names."""
-    images = {k: sources / f"{changes[k]}.png" for k in ("image", "mask") if k in changes}
-    request = replace(REQUEST, **{"num_inference_steps": STEPS, **changes, **images})
+def images_of(engine: Engine, sources: Path, **changes: object) -> list[np.ndarray]:
+    """Return the images (H, W, 3) of a request with these changes; its images are given by name."""
+    inputs = {k: sources / f"{changes[k]}.png" for k in ("image", "mask") if k in changes}
+    request = replace(REQUEST, **{"num_inference_steps": STEPS, **changes, **inputs})
     with tempfile.TemporaryDirectory() as folder:
         files = engine.generate(request, Path(folder)).files
         return [np.asarray(Image.open(file)).astype(int) for file in files]
 
 
-def equal(first: list[np.ndarray], second: list[np.ndarray]) -> bool:
-    """The same pictures, but for rounding."""
-    return len(first) == len(second) and all(
-        a.shape == b.shape and np.abs(a - b).max() <= 1 for a, b in zip(first, second, strict=True)
-    )
-
-
 def fingerprint(engine: Engine) -> dict[str, str]:
-    """Part of a model → hash of all that it holds: parameters, buffers, settings, modes, words."""
-    models = {
-        "base": engine._store.load(MINIATURE_SDXL),
-        "refiner": engine._store.load_refiner(MINIATURE_SDXL),
-    }
+    """Return the hash of each component of SDXL and its refiner, by name.
+
+    Of parameters, buffers, settings, modes and vocabularies.
+    """
     return {
         f"{model} {part}": _hash(content)
-        for model, loaded in models.items()
-        for part, content in [*loaded.parts.items(), ("scheduler", loaded.scheduler_config)]
+        for model, loaded in (("base", base_model(engine)), ("refiner", refiner(engine)))
+        for part, content in _contents(loaded.components).items()
+    }
+
+
+def _contents(components: ModelComponents) -> dict[str, object]:
+    return {
+        **to_pipeline(components),
+        "scheduler": components.scheduler_config,
+        "requires_aesthetics_score": components.requires_aesthetics_score,
     }
 
 
 def _hash(part: object) -> str:
     if not isinstance(part, torch.nn.Module):
-        plain = part if isinstance(part, dict | bool | None) else type(part).__name__
+        plain = part
         if isinstance(part, PreTrainedTokenizerBase):
             plain = (sorted(part.get_vocab().items()), sorted(part.special_tokens_map.items()))
         return hashlib.sha256(repr(plain).encode()).hexdigest()
@@ -87,9 +89,9 @@ def _hash(part: object) -> str:
 
 @contextmanager
 def failing_at(count: int, models: tuple[str, ...], make: Error) -> Iterator[None]:
-    """Raise what `make` makes when models of these classes run for the `count`-th time.
+    """Raise `make()` when models of these classes run for the `count`-th time.
 
-    Nothing here keeps the error: it goes with whoever has caught it.
+    Nothing here keeps a reference to the error.
     """
     calls = 0
 
@@ -107,7 +109,7 @@ def failing_at(count: int, models: tuple[str, ...], make: Error) -> Iterator[Non
 
 
 def functions_of(module: ModuleType) -> dict[str, int]:
-    """Qualified names of the functions that the module's text defines → their instructions."""
+    """Return the number of instructions of a module's functions, by qualified name."""
     functions: dict[str, int] = {}
 
     def add(code: CodeType) -> None:
@@ -125,10 +127,11 @@ def functions_of(module: ModuleType) -> dict[str, int]:
 def failing_in(
     module: ModuleType, function: str | None, count: int, make: Error
 ) -> Iterator[list[str]]:
-    """The same before the `count`-th instruction that runs in a function of the module, or in any.
+    """Raise `make()` before the `count`-th instruction that a function of a module runs.
 
-    Counted over all calls. A context manager's instructions are also those by which
-    contextlib enters and leaves it. Yields a list that names, once it has happened, the function.
+    Counted over all calls; None stands for any function. A context manager's instructions include
+    those by which contextlib enters and leaves it. Yields a list, to which the name of the function
+    is added once that has happened.
     """
     struck: list[str] = []
     run = 0

@@ -8,13 +8,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from generation.canvas import cover_crop
 from PIL import Image
 from skimage import data
 
+from generation.crop import cover_crop
 from preprocess import annotators
 from preprocess.annotators import ANNOTATORS, AnnotatorSettings, Detectors, annotate, is_empty
 from tests.detector_weights import write
+from tests.helpers.comparison import max_difference
 from weights import cache
 from weights.catalog import Edition
 from weights.edition import resolve_device
@@ -92,7 +93,7 @@ def test_learned_detectors_load_and_run(available, detectors, name):
     assert available == [ANNOTATORS[name].weights]
     if name != "openpose":  # nobody is found by chance
         assert not is_empty(drawn)
-    assert again.tobytes() == drawn.tobytes()
+    assert max_difference(again, drawn) <= 1
 
 
 def test_learned_maps_are_aligned(available, detectors):

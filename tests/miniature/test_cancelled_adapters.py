@@ -1,40 +1,41 @@
-"""Cancelled at any instruction of adapters.py, the next request's weights are its own alone."""
+"""Cancelled at any instruction of lora.py, the next request has its adapters alone."""
 
 import itertools
 
 import pytest
 import torch
 
-from generation import adapters
-from generation.adapters import Adapter, AdapterSlot
-from generation.base_models import MINIATURE_SDXL
+from generation import lora
+from generation.adapters import Adapter
 from generation.engine import Engine
+from generation.lora import LoraMerger
+from models.components import ModelComponents
+from tests.helpers.engines import base_model
 from tests.miniature.isolation import Cancelled, failing_in
 from weights.catalog import Edition
 from weights.formats.types import LoraDelta, Pooling, TokenVectors, TrainedWeights
 
 LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 BIAS = "unet.conv_in.bias"
-ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 @pytest.fixture(scope="module")
-def parts():
-    return Engine(Edition.MINIATURE, "cpu")._store.load(MINIATURE_SDXL).parts
+def components() -> ModelComponents:
+    return base_model(Engine(Edition.MINIATURE, "cpu")).components
 
 
-def adapter(parts, seed: int, pooling: Pooling) -> Adapter:
-    """A LoRA of one layer, another value for one parameter and one word; all of them random."""
+def adapter(components, seed: int, pooling: Pooling) -> Adapter:
+    """Return random weights: a LoRA of one layer, one parameter and one new token."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape):
         return torch.randn(shape, generator=generator)
 
-    out, in_ = parameter(parts, f"{LAYER}.weight").shape
-    vectors = {part: noise(1, embedding(parts, part).shape[1]) for part in ENCODERS}
+    out, in_ = parameter(components, f"{LAYER}.weight").shape
+    vectors = {name: noise(1, rows.shape[1]) for name, rows in token_embeddings(components).items()}
     weights = TrainedWeights(
         lora={LAYER: LoraDelta(noise(2, in_), noise(out, 2), 1.0, None)},
-        parameters={BIAS: noise(*parameter(parts, BIAS).shape)},
+        parameters={BIAS: noise(*parameter(components, BIAS).shape)},
         checkpoint=False,
         embeddings=(TokenVectors(("<s0>",), vectors),),
         trigger_words={"TOK": "<s0>"},
@@ -44,50 +45,58 @@ def adapter(parts, seed: int, pooling: Pooling) -> Adapter:
     return Adapter(weights, 0.5)
 
 
-def parameter(parts, name):
+def parameter(components, name):
     part, path = name.split(".", 1)
-    return parts[part].get_parameter(path)
+    return components.adaptable()[part].get_parameter(path)
 
 
-def embedding(parts, part):
-    return parts[part].get_input_embeddings().weight
+def token_embeddings(components):
+    return {
+        name: encoder.get_input_embeddings().weight
+        for name, encoder in components.text_encoders.items()
+    }
 
 
-def state(parts) -> list[object]:
-    """What such adapters change, and where it lies."""
-    values = [parameter(parts, name) for name in (f"{LAYER}.weight", BIAS)]
-    rows = [embedding(parts, part) for part in ENCODERS]
+def state(components) -> list[object]:
+    """Return what such adapters change, and its addresses."""
+    values = [parameter(components, name) for name in (f"{LAYER}.weight", BIAS)]
+    rows = token_embeddings(components).values()
     return [
         *(value.numpy().tobytes() for value in (*values, *rows)),
         *(value.data_ptr() for value in values),
-        *(len(parts[name]) for name in ("tokenizer", "tokenizer_2")),
-        parts["text_encoder_2"].text_model.eos_token_id,
+        *(len(tokenizer) for tokenizer in components.tokenizers.values()),
+        components.text_encoders["text_encoder_2"].text_model.eos_token_id,
     ]
 
 
 @pytest.mark.parametrize("after", ["others", "the same", "none"])
-@pytest.mark.parametrize("stay", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
 @torch.inference_mode()
-def test_cancelled_anywhere(parts, stay, after):
-    slot = AdapterSlot(parts)
-    first = [adapter(parts, 1, Pooling.EOS)]
-    others = [adapter(parts, 2, Pooling.ARGMAX)]
+def test_cancelled_anywhere(components, keep, after):
+    merger = LoraMerger(components)
+    first = [adapter(components, 1, Pooling.EOS)]
+    others = [adapter(components, 2, Pooling.ARGMAX)]
     second = {"others": others, "the same": first, "none": []}[after]
-    before, rows = state(parts), [embedding(parts, part) for part in ENCODERS]
-    with slot.applied(second):
-        wanted = state(parts)
+    before, rows = state(components), list(token_embeddings(components).values())
+    with merger.applied(second):
+        wanted = state(components)
     for count in itertools.count(1):
         caught = []
         try:
-            with failing_in(adapters, None, count, Cancelled) as struck, slot.applied(first, stay):
+            with (
+                failing_in(lora, None, count, Cancelled) as struck,
+                merger.applied(first, keep),
+            ):
                 pass
         except Cancelled as error:
             caught.append(error)
-        with slot.applied(second):
-            caught.clear()  # whoever kept it lets it go, and with it the frames of the first
-            assert state(parts) == wanted, struck
-        assert state(parts) == before, struck
-        assert all(embedding(parts, part) is own for part, own in zip(ENCODERS, rows, strict=True))
+        with merger.applied(second):
+            caught.clear()  # the error is released, and with it the first request's frames
+            assert state(components) == wanted, struck
+        assert state(components) == before, struck
+        assert all(
+            now is own for now, own in zip(token_embeddings(components).values(), rows, strict=True)
+        )
         if not struck:
             break
     assert count > 500

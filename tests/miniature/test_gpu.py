@@ -1,4 +1,4 @@
-"""What a GPU does: the CPU's pictures in fp16, and trainings in bf16 that teach as well."""
+"""A GPU gives the CPU's images in fp16, and its trainings in bf16 are as good."""
 
 from dataclasses import replace
 
@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from generation import painter
 from generation.controlnets import ControlRequest
 from generation.engine import Engine
 from generation.safety import SafetyChecker
-from tests.miniature import concept, safety_bars
+from models.cuda_graphs import CUDAGraphRunner
+from tests.evals import safety
+from tests.miniature import concept
 from tests.miniature import training_bars as bars
-from tests.miniature.stock import COG_ARCHIVE, MODES, TYPED
-from tests.requests import NO_CONTROL
+from tests.miniature.reference_pipelines import COG_ARCHIVE, MODES, TYPED
 from training import loop, trainables
 from training.config import TRAINABLE_MODELS, Method
 from training.model import load
@@ -43,69 +43,65 @@ def test_captions_are_followed_as_well(gpu, make):
     right = {}
     for engine in ("gpu", "cpu"):
         changes = {"engine": gpu} if engine == "gpu" else {}
-        made = [
-            make(prompt=c.text, seed=k, num_inference_steps=20, **changes).pictures[0]
+        images = [
+            make(prompt=c.text, seed=k, num_inference_steps=20, **changes).images[0]
             for k, c in enumerate(captions)
         ]
-        rows = [row_of(c, picture) for c, picture in zip(captions, made, strict=True)]
+        rows = [row_of(c, image) for c, image in zip(captions, images, strict=True)]
         right[engine] = sum(all(row.right.values()) for row in rows)
     assert right["gpu"] >= right["cpu"] - 1
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_gpu_makes_the_cpus_picture(gpu, make, files, mode):
+def test_a_gpu_gives_the_cpus_image(gpu, make, files, mode):
     changes = {k: files.get(v, v) if isinstance(v, str) else v for k, v in MODES[mode].items()}
-    (here,), (there,) = make(engine=gpu, **changes).pictures, make(**changes).pictures
-    (other,) = make(**{**changes, "seed": 99}).pictures
+    (here,), (there,) = make(engine=gpu, **changes).images, make(**changes).images
+    (other,) = make(**{**changes, "seed": 99}).images
     assert difference(here, there) < CLOSE < difference(other, there)
 
 
-def test_a_gpu_makes_the_cpus_picture_under_control(gpu, make, files):
-    edges = ControlRequest("edge_canny", files["picture"], 0.75, 0, 1, is_map=False)
-    controlled = {"controls": (edges, edges, NO_CONTROL)}
-    (here,), (there,) = (make(**e, **controlled).pictures for e in ({"engine": gpu}, {}))
-    (other,) = make().pictures
+def test_a_gpu_gives_the_cpus_image_with_controlnets(gpu, make, files):
+    edges = ControlRequest("edge_canny", files["image"], 0.75, 0, 1, is_map=False)
+    controlled = {"controls": (edges, edges)}
+    (here,), (there,) = (make(**e, **controlled).images for e in ({"engine": gpu}, {}))
+    (other,) = make().images
     assert difference(here, there) < CLOSE < difference(other, there)
 
 
 def difference(a: Image.Image, b: Image.Image) -> float:
-    first, second = (np.asarray(picture, np.float32) for picture in (a, b))
+    first, second = (np.asarray(image, np.float32) for image in (a, b))
     return float(np.abs(first - second).mean())
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_recorded_request_is_the_first_one(gpu, make, files, mode):
-    """Run as it is, recorded, and replayed; a seed apart is further away."""
+def test_a_captured_request_equals_the_eager_one(gpu, make, files, mode):
+    """Run eagerly, captured and replayed, an image differs less than one of another seed."""
     changes = {k: files.get(v, v) if isinstance(v, str) else v for k, v in MODES[mode].items()}
-    gpu._store.forget_passes()
-    pictures = [make(engine=gpu, **changes).pictures[0] for _ in range(4)]
-    (other,) = make(engine=gpu, **{**changes, "seed": 99}).pictures
-    for picture in pictures[1:]:
-        assert difference(pictures[0], picture) < 0.1 < difference(pictures[0], other)
+    gpu._models.clear_graphs()
+    images = [make(engine=gpu, **changes).images[0] for _ in range(4)]
+    (other,) = make(engine=gpu, **{**changes, "seed": 99}).images
+    for image in images[1:]:
+        assert difference(images[0], image) < 0.1 < difference(images[0], other)
 
 
 @pytest.mark.parametrize("scheduler", ["K_EULER", "K_EULER_ANCESTRAL", "DDIM", "LCM", "DPM++ 2M"])
 @pytest.mark.parametrize("mode", ["txt2img", "inpaint"])
-def test_denoising_waits_for_nothing(gpu, make, files, monkeypatch, mode, scheduler):
-    asked = {k: files.get(v, v) if isinstance(v, str) else v for k, v in MODES[mode].items()}
-    asked |= {"scheduler": scheduler, "num_inference_steps": 10, "prompt_strength": 0.8}
+def test_sampling_does_not_wait_for_the_gpu(gpu, make, files, monkeypatch, mode, scheduler):
+    changes = {k: files.get(v, v) if isinstance(v, str) else v for k, v in MODES[mode].items()}
+    changes |= {"scheduler": scheduler, "num_inference_steps": 10, "prompt_strength": 0.8}
     for _ in range(3):
-        make(engine=gpu, **asked)  # recorded by now: a recording itself does wait
-    fast, steps, calls = painter._fast, 8 if mode == "inpaint" else 10, []
+        make(engine=gpu, **changes)  # captured by now: a capture itself synchronizes
+    run, steps, calls = CUDAGraphRunner.run, 8 if mode == "inpaint" else 10, []
 
-    def watched(passes, pipeline):
-        forward = fast(passes, pipeline)
-
-        def call(*args, **kwargs):
-            calls.append(1)
+    def watch(runner, name, *args, **kwargs):
+        if name == "unet":
+            calls.append(name)
             torch.cuda.set_sync_debug_mode("error" if len(calls) < steps else "default")
-            return forward(*args, **kwargs)
+        return run(runner, name, *args, **kwargs)
 
-        return call
-
-    monkeypatch.setattr(painter, "_fast", watched)
+    monkeypatch.setattr(CUDAGraphRunner, "run", watch)
     try:
-        make(engine=gpu, **asked)
+        make(engine=gpu, **changes)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(calls) == steps
@@ -118,24 +114,23 @@ def test_a_request_is_repeated_byte_for_byte_after_another_with_weights(gpu, mak
 
 
 def test_the_safety_models_agree_in_fp16(gpu):
-    here = gpu._finisher.load_safety_checker()
+    here = gpu._postprocessor.load_safety_checker()
     there = SafetyChecker(Edition.MINIATURE, torch.device("cpu"), torch.float32)
     for shape, background in (("star", "red"), ("star", "orange"), ("heart", "red")):
-        pictures = safety_bars.drawn(shape, background)
+        images = safety.drawn(shape, background)
         for opinion in ("flagged", "confirmed"):
-            ours, cpus = (np.array(getattr(c, opinion)(pictures)) for c in (here, there))
-            assert (ours != cpus).mean() <= 0.02
+            ours, expected = (np.array(getattr(c, opinion)(images)) for c in (here, there))
+            assert (ours != expected).mean() <= 0.02
 
 
 def losses(tmp_path, **changes) -> list[float]:
-    """Of 16 steps, half before the pivot."""
-    model = load(
-        TRAINABLE_MODELS[Edition.MINIATURE], Edition.MINIATURE, torch.device("cuda"), Method.LORA
-    )
+    """Return the losses of 16 steps; half of them also train the new tokens."""
+    spec, device = TRAINABLE_MODELS[Edition.MINIATURE], torch.device("cuda")
+    model = load(spec, Edition.MINIATURE, device, Method.LORA)
     config = replace(bars.CONFIG, max_train_steps=16, lora_lr=3e-3, **changes)
-    told = []
-    loop.fit(concept.examples(), (), config, model, tmp_path, told.append)
-    return [event.loss for event in told if isinstance(event, StepDone)]
+    events = []
+    loop.fit(concept.examples(), (), config, model, tmp_path, events.append)
+    return [event.loss for event in events if isinstance(event, StepDone)]
 
 
 def test_a_replayed_training_is_the_eager_one(tmp_path, monkeypatch):

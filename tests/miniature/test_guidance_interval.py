@@ -1,28 +1,24 @@
-"""Guidance in a part of the steps: as diffusers' own recipe, and without the other passes."""
+"""Guidance interval: equal to diffusers' recipe; outside it only the prompts are evaluated."""
 
 import numpy as np
 import pytest
 import torch
 
-from generation.base_models import MINIATURE_SDXL
-from tests.miniature.stock import STOCK
-from weights.miniature.evaluate import FOLDER, load_pipeline
+from tests.helpers.engines import base_model, refiner
+from tests.miniature.reference_pipelines import REFERENCE_SCHEDULERS, load_reference
 
 STEPS = 8
 
 
 @pytest.fixture
 def rows(engine):
-    """How many rows the UNets of the base and the refiner saw at each of their calls."""
+    """Record the batch size of each forward pass of the base model's and the refiner's UNet."""
     seen: list[int] = []
     handles = [
-        model.parts["unet"].conv_in.register_forward_pre_hook(
+        model.components.unet.conv_in.register_forward_pre_hook(
             lambda _, args: seen.append(len(args[0]))
         )
-        for model in (
-            engine._store.load(MINIATURE_SDXL),
-            engine._store.load_refiner(MINIATURE_SDXL),
-        )
+        for model in (base_model(engine), refiner(engine))
     ]
     yield seen
     for handle in handles:
@@ -40,32 +36,32 @@ def rows(engine):
             [2] * 2 + [4] * 4 + [2] * 2,
         ),
         ({"guidance_end": 0.5, "guidance_scale": 1.0}, [1] * 8),
-        # Of the whole schedule, of which the refiner makes the last steps.
+        # Shares of the whole schedule, of which the refiner makes the last steps.
         ({"guidance_end": 0.9, "refine": "expert_ensemble_refiner"}, [2] * 7 + [1]),
-        # Of a schedule of its own.
+        # Shares of the refiner's schedule, which is another one.
         ({"guidance_end": 0.5, "refine": "base_image_refiner"}, [2] * 4 + [1] * 4 + [2, 1]),
-        # Heun's method looks twice at each level but the last.
+        # Heun's method evaluates each noise level twice but the last.
         ({"guidance_end": 0.5, "scheduler": "HeunDiscrete"}, [2] * 7 + [1] * 8),
     ],
 )
-def test_the_pass_without_the_prompt_runs_between(make, rows, changes, expected):
+def test_negative_prompts_are_evaluated_within_the_interval(make, rows, changes, expected):
     make(**changes)
     assert rows == expected
 
 
 @pytest.mark.parametrize("scheduler", ["K_EULER", "DPMSolverMultistep"])
 def test_as_diffusers_callback_does_it(make, scheduler):
-    """From a step on, a callback sets the guidance to nothing and halves what the UNet is told."""
+    """From a step on, a callback turns guidance off and halves the UNet's conditioning."""
     first = 5
 
     def callback(pipeline, step, timestep, state):
         if step + 1 == first:
-            pipeline._guidance_scale = 0.0  # what its properties ask
+            pipeline._guidance_scale = 0.0  # which its properties read
             return {name: value.chunk(2)[1] for name, value in state.items()}
         return {}
 
-    pipeline = load_pipeline(FOLDER)
-    kind, overrides = STOCK[scheduler]
+    pipeline = load_reference()
+    kind, overrides = REFERENCE_SCHEDULERS[scheduler]
     pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **overrides)
     stock = pipeline(
         prompt="a large red circle on a blue background",
@@ -83,15 +79,15 @@ def test_as_diffusers_callback_does_it(make, scheduler):
     assert (ours - stock).abs().max() < 1e-4
 
 
-def test_less_guidance_is_another_picture(make, capfd):
-    pictures = [
-        np.asarray(make(**changes).pictures[0], int)
+def test_less_guidance_is_another_image(make, capfd):
+    images = [
+        np.asarray(make(**changes).images[0], int)
         for changes in ({}, {"guidance_end": 0.5}, {"guidance_start": 0.5}, {"guidance_scale": 1})
     ]
-    for k, one in enumerate(pictures):
-        for other in pictures[:k]:
+    for k, one in enumerate(images):
+        for other in images[:k]:
             assert np.abs(one - other).mean() > 0.2
     capfd.readouterr()
     make(guidance_scale=1, guidance_end=0.5)
-    told = "guidance_start and guidance_end have no effect: no guidance pass runs"
-    assert told in capfd.readouterr().out
+    message = "guidance_start and guidance_end have no effect: guidance is off"
+    assert message in capfd.readouterr().out

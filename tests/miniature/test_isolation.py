@@ -1,7 +1,6 @@
-"""Whatever an engine has been through, the next request's picture equals a fresh process's.
+"""After any requests and errors, the next request's image equals that of a fresh process.
 
-To one step of 255: where memory lies, which depends on what came before, decides in which order
-some CPU kernels sum, and latents then differ by about 1e-6.
+To one step of 255: where memory lies depends on what came before (tests/helpers/comparison.py).
 """
 
 import itertools
@@ -22,21 +21,21 @@ from generation.engine import Engine
 from generation.errors import GenerationError, InvalidRequest
 from generation.sizes import Margins
 from preprocess.errors import BadPicture
+from tests.helpers.comparison import nearly_equal
 from tests.miniature.isolation import (
     ERRORS,
     EVERY_MODEL,
     UNET,
-    equal,
     failing_at,
     fingerprint,
-    pictures,
+    images_of,
 )
 from weights.catalog import Edition
 from weights.miniature.world import place, render
 
 EXPERT, BASE_IMAGE = "expert_ensemble_refiner", "base_image_refiner"
 
-# What each request changes in the default one; images are given by their names.
+# What each request changes in the default one; its images are given by name.
 POOL: dict[str, dict[str, object]] = {
     "text": {"width": 64, "height": 64},
     "two wide": {"width": 96, "height": 64, "num_outputs": 2, "scheduler": "KarrasDPM"},
@@ -75,15 +74,15 @@ INVALID: dict[str, dict[str, object]] = {
     "margin": {"image": "wide", "outpaint": Margins(500, 0, 0, 0)},
     "refine": {"refine": "twice"},
     "too large": {"hires_fix": 3},
-    "no picture": {"image": "text"},
+    "not an image": {"image": "text"},
 }
 
-# Loads once, which takes most of a fresh process's time; then a copy of it for each request.
+# Loading takes most of a fresh process's time: it is done once, and forked for each request.
 FRESH_PROCESS = """
 import json, numpy, os, sys
 from pathlib import Path
 from generation.engine import Engine
-from tests.miniature.isolation import fingerprint, pictures
+from tests.miniature.isolation import fingerprint, images_of
 from tests.miniature.test_isolation import POOL
 from weights.catalog import Edition
 sources = Path(sys.argv[1])
@@ -92,7 +91,7 @@ engine.load()
 print(json.dumps(fingerprint(engine)))
 for name in POOL:
     if (child := os.fork()) == 0:
-        numpy.savez(sources / f"{name}.npz", *pictures(engine, sources, **POOL[name]))
+        numpy.savez(sources / f"{name}.npz", *images_of(engine, sources, **POOL[name]))
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0, name
 """
@@ -100,9 +99,9 @@ for name in POOL:
 
 @dataclass(frozen=True)
 class Fresh:
-    """What a process that has done nothing else makes."""
+    """The results of processes that have done nothing else."""
 
-    pictures: dict[str, list[np.ndarray]]  # of each request, (H, W, 3)
+    images: dict[str, list[np.ndarray]]  # (H, W, 3), by request
     fingerprint: dict[str, str]
 
 
@@ -116,16 +115,16 @@ def sources(tmp_path_factory) -> Path:
     ImageDraw.Draw(wide_mask).ellipse((30, 20, 60, 50), fill=255)
     transparent = image.convert("RGBA")
     transparent.putalpha(mask)
-    pictures = {
+    images = {
         "image": image,
         "wide": wide,
         "mask": mask,
         "wide_mask": wide_mask,
         "transparent": transparent,
     }
-    for name, picture in pictures.items():
-        picture.save(folder / f"{name}.png")
-    (folder / "text.png").write_text("no picture")
+    for name, pixels in images.items():
+        pixels.save(folder / f"{name}.png")
+    (folder / "text.png").write_text("not an image")
     return folder
 
 
@@ -133,16 +132,16 @@ def sources(tmp_path_factory) -> Path:
 def fresh(sources) -> Fresh:
     command = [sys.executable, "-c", FRESH_PROCESS, str(sources)]
     # One thread: a process that has started threads cannot be copied.
-    own = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=own)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     made = {name: list(np.load(sources / f"{name}.npz").values()) for name in POOL}
     return Fresh(made, json.loads(done.stdout.splitlines()[0]))
 
 
-def test_a_fresh_process_makes_a_different_picture_for_each_request(fresh):
-    made = list(fresh.pictures.values())
+def test_a_fresh_process_makes_a_different_image_for_each_request(fresh):
+    made = list(fresh.images.values())
     assert len(made) == len(POOL)
-    assert not any(equal(a, b) for a, b in itertools.combinations(made, 2))
+    assert not any(nearly_equal(a, b) for a, b in itertools.combinations(made, 2))
 
 
 @pytest.mark.parametrize("name", POOL)
@@ -151,20 +150,20 @@ def test_after_every_error_the_same_request_and_another_equal_a_fresh_process(
 ):
     for kind, (make, reported) in ERRORS.items():
         with failing_at(2, UNET, make), pytest.raises(reported) as raised:
-            pictures(engine, sources, **POOL[name])
+            images_of(engine, sources, **POOL[name])
         if kind == "memory":
             assert isinstance(raised.value, GenerationError)
-            assert f"{POOL[name].get('num_outputs', 1)} picture(s) of" in str(raised.value)
+            assert f"{POOL[name].get('num_outputs', 1)} image(s) of" in str(raised.value)
             assert "num_outputs" in str(raised.value)
-    assert equal(pictures(engine, sources, **POOL[name]), fresh.pictures[name])
-    assert equal(pictures(engine, sources, **POOL["text"]), fresh.pictures["text"])
+    assert nearly_equal(images_of(engine, sources, **POOL[name]), fresh.images[name])
+    assert nearly_equal(images_of(engine, sources, **POOL["text"]), fresh.images["text"])
 
 
 @pytest.mark.parametrize("name", INVALID)
 def test_after_an_invalid_request_the_next_equals_a_fresh_process(engine, sources, fresh, name):
     with pytest.raises((InvalidRequest, BadPicture)):
-        pictures(engine, sources, **INVALID[name])
-    assert equal(pictures(engine, sources, **POOL["text"]), fresh.pictures["text"])
+        images_of(engine, sources, **INVALID[name])
+    assert nearly_equal(images_of(engine, sources, **POOL["text"]), fresh.images["text"])
 
 
 def test_the_models_hold_what_a_fresh_process_has_loaded(engine, fresh):
@@ -182,14 +181,14 @@ ACTIONS = st.one_of(
 
 @pytest.fixture(scope="module")
 def used_engine() -> Engine:
-    """One engine for all of the sequences."""
+    """Return one engine for all sequences."""
     return Engine(Edition.MINIATURE, "cpu")
 
 
 @given(st.lists(ACTIONS, min_size=3, max_size=9))
 @settings(
     max_examples=14,
-    phases=[Phase.generate],  # what came before matters, so a failure cannot be made smaller
+    phases=[Phase.generate],  # a failure depends on what came before, so it cannot be shrunk
     derandomize=True,
     database=None,
     deadline=None,
@@ -204,15 +203,15 @@ def test_no_sequence_of_requests_leaves_a_trace(used_engine, sources, fresh, act
 def _act(engine: Engine, sources: Path, fresh: Fresh, action: tuple) -> None:
     match action:
         case "make", name:
-            assert equal(pictures(engine, sources, **POOL[name]), fresh.pictures[name])
+            assert nearly_equal(images_of(engine, sources, **POOL[name]), fresh.images[name])
         case "invalid", name:
             with pytest.raises((InvalidRequest, BadPicture)):
-                pictures(engine, sources, **INVALID[name])
+                images_of(engine, sources, **INVALID[name])
         case kind, name, count:
             make, reported = ERRORS[kind]
             try:
                 with failing_at(count, EVERY_MODEL, make):
-                    made = pictures(engine, sources, **POOL[name])
+                    made = images_of(engine, sources, **POOL[name])
             except reported:
                 return
-            assert equal(made, fresh.pictures[name])  # it took fewer runs than that
+            assert nearly_equal(made, fresh.images[name])  # it took fewer runs than that

@@ -1,4 +1,4 @@
-"""Our LoRA layers compute what PEFT's do."""
+"""LoRA layers compute what PEFT's do."""
 
 import pytest
 import torch
@@ -25,8 +25,8 @@ class Small(torch.nn.Module):
         return self.to_out(torch.tanh(self.to_q(x)))
 
 
-def passes(x, plan=PLAN, dtype=torch.float32, autocast=False):
-    """Output, and the gradients of what learns, with layers that have learnt something."""
+def outputs_and_gradients(x, plan=PLAN, dtype=torch.float32, autocast=False):
+    """Return the layers' classes, the output and the gradients of a LoRA that is not zero."""
     torch.manual_seed(0)
     module = Small().to(dtype).requires_grad_(False)
     with lora.attached(module, plan, TARGETS, seed=1):
@@ -38,30 +38,30 @@ def passes(x, plan=PLAN, dtype=torch.float32, autocast=False):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             output = module(x)
         output.float().square().sum().backward()
-        found = {n: p.grad.clone() for n, p in lora.parameters(module).items()}
+        gradients = {n: p.grad.clone() for n, p in lora.parameters(module).items()}
         with lora.disabled(module):
             off = module(x)
     assert torch.equal(off, module(x))
-    return kinds, output.detach(), found
+    return kinds, output.detach(), gradients
 
 
 @pytest.fixture
-def peft_passes(monkeypatch):
-    """The same with PEFT's own layers."""
+def with_peft(monkeypatch):
+    """Return the same function with PEFT's layers."""
 
-    def peft_passes(*arguments, **options):
+    def with_peft(*arguments, **options):
         with monkeypatch.context() as context:
             context.setattr(lora_layers, "use", lambda config: None)
-            return passes(*arguments, **options)
+            return outputs_and_gradients(*arguments, **options)
 
-    return peft_passes
+    return with_peft
 
 
 @pytest.mark.parametrize("shape", [(6,), (7, 6), (2, 7, 6)], ids=str)
-def test_fp32_is_pefts_to_rounding(peft_passes, shape):
+def test_fp32_equals_peft_to_rounding(with_peft, shape):
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(3))
-    kinds, output, gradients = passes(x)
-    theirs, wanted, wanted_gradients = peft_passes(x)
+    kinds, output, gradients = outputs_and_gradients(x)
+    theirs, wanted, wanted_gradients = with_peft(x)
     assert (kinds, theirs) == ({MergedLinear}, {Linear})
     torch.testing.assert_close(output, wanted)
     assert gradients.keys() == wanted_gradients.keys()
@@ -70,18 +70,18 @@ def test_fp32_is_pefts_to_rounding(peft_passes, shape):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_bf16_keeps_updates_that_its_weights_would_lose(peft_passes, autocast):
+def test_bf16_keeps_updates_that_its_weights_would_lose(with_peft, autocast):
     x = torch.randn(4, 7, 6, generator=torch.Generator().manual_seed(3)).bfloat16()
-    _, output, gradients = passes(x, dtype=torch.bfloat16, autocast=autocast)
-    _, wanted, wanted_gradients = peft_passes(x, dtype=torch.bfloat16, autocast=autocast)
+    _, output, gradients = outputs_and_gradients(x, dtype=torch.bfloat16, autocast=autocast)
+    _, wanted, wanted_gradients = with_peft(x, dtype=torch.bfloat16, autocast=autocast)
     torch.testing.assert_close(output, wanted, rtol=0.02, atol=0.02)
     for name, gradient in gradients.items():
         error = (gradient - wanted_gradients[name]).norm() / wanted_gradients[name].norm()
         assert error < 0.02, name
 
 
-def test_dora_stays_pefts_own():
-    kinds, _, _ = passes(
+def test_dora_uses_pefts_layers():
+    kinds, _, _ = outputs_and_gradients(
         torch.randn(2, 6),
         resolved(lora_rank=3, lora_alpha=4.0, use_dora=True, lora_format=LoraFormat.KOHYA),
     )

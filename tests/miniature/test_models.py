@@ -1,4 +1,4 @@
-"""Every base model: stock diffusers' numbers at equal settings, in every mode; and switching."""
+"""Every base model: the same numbers as stock diffusers at equal settings, in every mode."""
 
 import copy
 import functools
@@ -13,7 +13,16 @@ from safetensors.torch import load_file, save
 from generation.base_models import BASE_MODELS, Architecture, GuidanceMode
 from generation.errors import InvalidRequest
 from generation.sizes import Margins
-from tests.miniature.stock import STOCK, File, assert_same, lora_file, rows, with_word
+from tests.helpers.comparison import max_difference
+from tests.miniature.reference_pipelines import (
+    REFERENCE_SCHEDULERS,
+    File,
+    assert_same,
+    for_inference,
+    lora_file,
+    rows,
+    with_word,
+)
 from weights import cache
 from weights.catalog import CATALOG, Edition
 from weights.formats.types import ModelShapes
@@ -47,7 +56,7 @@ def merge(unet, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def stock():
-    """Model, mode and scheduler → the stock pipeline with the model's parts."""
+    """Return a function that builds the stock pipeline of a model, mode and scheduler."""
     vae = diffusers.AutoencoderKL.from_pretrained(
         FOLDER / "vae", variant="fp16", dtype=torch.float32
     )
@@ -67,12 +76,12 @@ def stock():
 
     def build(name: str, mode: str = "txt2img", scheduler: str | None = None):
         spec, components = MODELS[name], load(name).components
-        scheduler_class, overrides = STOCK[scheduler or spec.scheduler]
+        scheduler_class, overrides = REFERENCE_SCHEDULERS[scheduler or spec.scheduler]
         config = type(components["scheduler"]).load_config(
             cache.ensure(spec.weights, Edition.MINIATURE) / "scheduler"
         )
         if spec.guidance is GuidanceMode.NONE:
-            config["timestep_spacing"] = "trailing"  # as their authors publish them
+            config["timestep_spacing"] = "trailing"  # as their authors recommend
         pipeline_class = STOCK_CLASS[spec.architecture].replace(
             "Pipeline", f"{KINDS[mode]}Pipeline"
         )
@@ -80,8 +89,7 @@ def stock():
             **{**components, "scheduler": scheduler_class.from_config(config, **overrides)},
             **({"requires_safety_checker": False} if spec.architecture is Architecture.SD else {}),
         )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        return for_inference(pipeline)
 
     return build
 
@@ -98,9 +106,9 @@ def files(tmp_path_factory):
 
 
 def compare(stock, make, files, name: str, mode: str, scheduler: str | None, **settings):
-    """The largest difference between the stock pipeline's latents and ours."""
+    """Return the largest difference between the stock pipeline's latents and ours."""
     strength = 0.75
-    asked = {"prompt": PROMPT, "seed": SEED, "scheduler": scheduler, "model": name, **settings}
+    request = {"prompt": PROMPT, "seed": SEED, "scheduler": scheduler, "model": name, **settings}
     arguments = {
         "prompt": PROMPT,
         "generator": [torch.Generator("cpu").manual_seed(SEED)],
@@ -112,14 +120,14 @@ def compare(stock, make, files, name: str, mode: str, scheduler: str | None, **s
     if mode != "txt2img":
         image = Image.open(files / "image.png").convert("RGB")
         arguments |= {"image": image, "strength": strength}
-        asked |= {"image": files / "image.png", "prompt_strength": strength}
+        request |= {"image": files / "image.png", "prompt_strength": strength}
     if mode == "inpaint":
         arguments |= {"mask_image": Image.open(files / "mask.png")}
-        # Without it the pipeline draws for a picture that it never uses (test_parity_modes.py).
+        # Without it the pipeline draws for an image that it never uses (test_parity_modes.py).
         arguments |= {"masked_image_latents": torch.zeros(1, 4, 16, 16)}
-        asked |= {"mask": files / "mask.png", "mask_blur": 0}
+        request |= {"mask": files / "mask.png", "mask_blur": 0}
     latents = stock(name, mode, scheduler)(**arguments).images
-    ours = make(**asked).latents
+    ours = make(**request).latents
     inside = np.s_[:, :, BOX[1] // 8 : BOX[3] // 8, BOX[0] // 8 : BOX[2] // 8]
     part = inside if mode == "inpaint" else ...
     return (ours[part] - latents[part]).abs().max()
@@ -144,7 +152,7 @@ def test_equal_to_the_stock_pipeline(stock, make, files, name, scheduler, mode):
 
 @pytest.mark.parametrize("name", FEW_STEPS)
 @pytest.mark.parametrize("mode", KINDS)
-def test_models_of_few_steps_are_equal_to_the_stock_pipeline(stock, make, files, name, mode):
+def test_distilled_models_are_equal_to_the_stock_pipeline(stock, make, files, name, mode):
     spec = MODELS[name]
     settings = {"num_inference_steps": 4, "guidance_scale": spec.guidance_scale}
     assert compare(stock, make, files, name, mode, None, **settings) < 1e-4
@@ -163,7 +171,7 @@ def test_one_step_of_turbo(stock, make, files, name):
     assert compare(stock, make, files, name, "txt2img", None, **settings) < 1e-4
 
 
-def test_the_guidance_that_a_unet_is_told_changes_the_picture(make):
+def test_embedded_guidance_changes_the_image(make):
     low, high = (
         make(model="lcm-dreamshaper", num_inference_steps=4, guidance_scale=g).latents
         for g in (2.0, 14.0)
@@ -173,7 +181,7 @@ def test_the_guidance_that_a_unet_is_told_changes_the_picture(make):
 
 @pytest.mark.parametrize("name", SD)
 def test_clip_skip_reads_an_earlier_layer_behind_the_last_norm(stock, make, name):
-    """As the stock pipeline would, had its own clip_skip kept up with transformers 5."""
+    """As the stock pipeline would, were its clip_skip compatible with transformers 5."""
     pipeline = stock(name, scheduler="K_EULER")
     texts = pipeline.tokenizer(
         [PROMPT, ""], padding="max_length", max_length=77, return_tensors="pt"
@@ -189,33 +197,33 @@ def test_clip_skip_reads_an_earlier_layer_behind_the_last_norm(stock, make, name
         generator=torch.Generator("cpu").manual_seed(SEED),
         output_type="latent",
     ).images
-    asked = {"model": name, "scheduler": "K_EULER", "num_inference_steps": STEPS, "seed": SEED}
-    asked |= {"prompt": PROMPT, "guidance_scale": GUIDANCE}
-    assert (make(**asked, clip_skip=2).latents - latents).abs().max() < 1e-4
-    assert (make(**asked).latents - latents).abs().max() > 0.1
+    request = {"model": name, "scheduler": "K_EULER", "num_inference_steps": STEPS, "seed": SEED}
+    request |= {"prompt": PROMPT, "guidance_scale": GUIDANCE}
+    assert (make(**request, clip_skip=2).latents - latents).abs().max() < 1e-4
+    assert (make(**request).latents - latents).abs().max() > 0.1
 
 
 def test_files_name_the_model(make):
-    asked = {"model": "sd15", "clip_skip": 2, "num_inference_steps": 2, "embed_parameters": True}
-    told = make(**asked).pictures[0].info["parameters"]
-    assert "Sampler: Euler, CFG scale: 7.5, " in told
-    assert "Model: sd15, Clip skip: 2, " in told
+    request = {"model": "sd15", "clip_skip": 2, "num_inference_steps": 2, "embed_parameters": True}
+    parameters = make(**request).images[0].info["parameters"]
+    assert "Sampler: Euler, CFG scale: 7.5, " in parameters
+    assert "Model: sd15, Clip skip: 2, " in parameters
 
 
 @pytest.mark.parametrize("name", SD)
 def test_long_and_weighted_prompts(make, name):
-    asked = {"model": name, "seed": 1, "num_inference_steps": 4}
-    plain = make(**asked, prompt="a red circle").latents
-    heavy = make(**asked, prompt="a (red:1.4) circle").latents
-    long = make(**asked, prompt="a red circle, " + "very nice, " * 60).latents
-    skipped = make(**asked, prompt="a (red:1.4) circle", clip_skip=2).latents
+    request = {"model": name, "seed": 1, "num_inference_steps": 4}
+    plain = make(**request, prompt="a red circle").latents
+    heavy = make(**request, prompt="a (red:1.4) circle").latents
+    long = make(**request, prompt="a red circle, " + "very nice, " * 60).latents
+    skipped = make(**request, prompt="a (red:1.4) circle", clip_skip=2).latents
     for other in (heavy, long, skipped):
         assert torch.isfinite(other).all()
         assert (other - plain).abs().max() > 0.01
 
 
 def kohya_lora(pipeline) -> dict[str, torch.Tensor]:
-    """Of attention in the UNet and of the text encoder, under SD's names."""
+    """Return a LoRA of the UNet's attention and the text encoder, with SD's key names."""
     generator = torch.Generator().manual_seed(3)
     parts = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
     tensors = {}
@@ -230,13 +238,13 @@ def kohya_lora(pipeline) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd15-lcm", "sd21", "sd-turbo"])
-def test_a_users_lora_works_beside_the_models_own(stock, make, name):
+def test_a_users_lora_works_beside_the_models_lora(stock, make, name):
     spec = MODELS[name]
     pipeline = stock(name)
     # A copy: what is loaded into a stock pipeline stays in its modules.
     parts = {k: copy.deepcopy(v) if k != "vae" else v for k, v in pipeline.components.items()}
     pipeline = type(pipeline)(**parts, requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = for_inference(pipeline)
     tensors = kohya_lora(pipeline)
     steps = 4 if spec.steps else STEPS
     arguments = {"num_inference_steps": steps, "guidance_scale": spec.guidance_scale}
@@ -248,19 +256,19 @@ def test_a_users_lora_works_beside_the_models_own(stock, make, name):
     without = draw()
     pipeline.load_lora_weights(dict(tensors), adapter_name="mine")
     pipeline.set_adapters("mine", 0.8)
-    asked = {"prompt": PROMPT, "model": name, "seed": SEED, "scheduler": None, **arguments}
+    request = {"prompt": PROMPT, "model": name, "seed": SEED, "scheduler": None, **arguments}
     url = lora_file(tensors).url
-    ours = make(**asked, replicate_weights=url, lora_scale=0.8).latents
+    ours = make(**request, replicate_weights=url, lora_scale=0.8).latents
     assert_same(ours, draw(), without)
-    assert (make(**asked).latents - without).abs().max() < 1e-4
-    assert (make(**asked, loras=(url,), lora_scales=(0.8,)).latents - ours).abs().max() < 1e-4
+    assert (make(**request).latents - without).abs().max() < 1e-4
+    assert (make(**request, loras=(url,), lora_scales=(0.8,)).latents - ours).abs().max() < 1e-4
 
 
-def test_a_new_word_for_a_model_of_one_text_encoder(stock, make):
+def test_a_textual_inversion_for_a_model_of_one_text_encoder(stock, make):
     pipeline = stock("sd15", scheduler="K_EULER")
     parts = {k: copy.deepcopy(v) if k != "vae" else v for k, v in pipeline.components.items()}
     pipeline = type(pipeline)(**parts, requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = for_inference(pipeline)
     vectors = rows(5)
     word = with_word("<thing>")
     arguments = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
@@ -271,34 +279,33 @@ def test_a_new_word_for_a_model_of_one_text_encoder(stock, make):
 
     without = draw()
     pipeline.load_textual_inversion({"<thing>": vectors})
-    asked = {"model": "sd15", "seed": SEED, "scheduler": "K_EULER", **arguments}
+    request = {"model": "sd15", "seed": SEED, "scheduler": "K_EULER", **arguments}
     content = save({"emb_params": vectors})
     url = File("thing.safetensors", content).url
-    ours = make(**asked, prompt=with_word("thing"), replicate_weights=url).latents
+    ours = make(**request, prompt=with_word("thing"), replicate_weights=url).latents
     assert_same(ours, draw(), without)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_mode_works(make, files, name):
     common = {"model": name, "num_inference_steps": 2}
-    asked = {**common, "image": files / "image.png"}
-    assert make(**asked).pictures[0].size == (128, 128)
-    assert make(**asked, mask=files / "mask.png").pictures[0].size == (128, 128)
-    assert make(**asked, outpaint=Margins(16, 0, 8, 0)).pictures[0].size == (152, 128)
+    request = {**common, "image": files / "image.png"}
+    assert make(**request).images[0].size == (128, 128)
+    assert make(**request, mask=files / "mask.png").images[0].size == (128, 128)
+    assert make(**request, outpaint=Margins(16, 0, 8, 0)).images[0].size == (152, 128)
     small = {"width": 64, "height": 64}
-    assert make(**common, **small, hires_fix=1.5).pictures[0].size == (96, 96)
+    assert make(**common, **small, hires_fix=1.5).images[0].size == (96, 96)
 
 
-def test_sixteen_pictures_at_once_each_by_its_own_seed(make):
-    asked = {"prompt": PROMPT, "model": "sdxl-turbo", "num_inference_steps": 2}
-    together = make(**asked, num_outputs=16, seed=40)
+def test_sixteen_images_at_once_each_by_its_own_seed(make):
+    request = {"prompt": PROMPT, "model": "sdxl-turbo", "num_inference_steps": 2}
+    together = make(**request, num_outputs=16, seed=40)
     assert len(set(together.bytes)) == 16
-    alone = make(**asked, seed=55)
-    difference = np.subtract(together.pictures[15], alone.pictures[0], dtype=np.int16)
-    assert np.abs(difference).max() <= 1
+    alone = make(**request, seed=55)
+    assert max_difference(together.images[15], alone.images[0]) <= 1
 
 
-def test_the_catalog_has_what_models_name():
+def test_the_catalog_has_every_entry_of_the_models():
     for edition, models in BASE_MODELS.items():
         for name, spec in models.items():
             assert name == spec.name
@@ -306,7 +313,7 @@ def test_the_catalog_has_what_models_name():
             assert named <= set(CATALOG[edition])
 
 
-def test_what_is_refused(make):
+def test_invalid_requests_are_rejected(make):
     with pytest.raises(InvalidRequest, match="model 'sd3' is not known; choose one of sdxl, sdx"):
         make(model="sd3")
     with pytest.raises(InvalidRequest, match="refine is base_image_refiner, but sd15 has no refin"):

@@ -3,26 +3,27 @@
 import itertools
 
 import diffusers
-import generation.pipelines
 import numpy as np
 import pytest
 import torch
-from generation.pipelines import scheduler_of
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
+import generation.stages
 from generation.base_models import MINIATURE_SDXL
 from generation.engine import Engine
 from generation.errors import InvalidRequest
+from generation.sampling import build_scheduler
 from generation.schedulers import SCHEDULERS
 from generation.sizes import Margins
-from tests.miniature.stock import DISTINCT
+from tests.helpers.comparison import max_difference, nearly_equal
+from tests.helpers.engines import base_model, refiner
+from tests.miniature.reference_pipelines import DISTINCT
 from weights.catalog import Edition
 from weights.miniature.world import place, render
 
 EXPERT, BASE_IMAGE = "expert_ensemble_refiner", "base_image_refiner"
 STYLES = (EXPERT, BASE_IMAGE)
-REFINER = MINIATURE_SDXL.refiner.name
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def files(tmp_path_factory):
     ImageDraw.Draw(large_mask).rectangle((300, 100, 400, 200), fill=255)
     transparent = image.convert("RGBA")
     transparent.putalpha(masks["mask"].point(lambda v: 255 - v))
-    pictures = {
+    images = {
         "image": image,
         "other": render(place("star", "red", "blue", "large", "left", rng), 128, 128),
         "wide": render(scene, 160, 112),
@@ -54,9 +55,9 @@ def files(tmp_path_factory):
         "transparent": transparent,
         **masks,
     }
-    for name, picture in pictures.items():
-        picture.save(folder / f"{name}.png")
-    return {name: folder / f"{name}.png" for name in pictures}
+    for name, image in images.items():
+        image.save(folder / f"{name}.png")
+    return {name: folder / f"{name}.png" for name in images}
 
 
 MODES = {
@@ -73,7 +74,7 @@ MODES = {
 
 @pytest.fixture
 def run(make, files):
-    """`run("inpaint", seed=3)`: a request of that mode; images are given by their names."""
+    """`run("inpaint", seed=3)`: the result of a request of that mode; images by their names."""
 
     def run(mode: str, **changes: object):
         settings = {**MODES[mode], **changes}
@@ -100,18 +101,18 @@ def plain(run, plain_results):
     return plain
 
 
-def pixels(picture) -> np.ndarray:
-    return np.asarray(picture.convert("RGB"), dtype=int)
+def pixels(image) -> np.ndarray:
+    return np.asarray(image.convert("RGB"), dtype=int)
 
 
 def different(first, second) -> bool:
-    """By more than rounding, somewhere, or of another size."""
-    if first.pictures[0].size != second.pictures[0].size:
+    """Whether images differ by more than rounding, somewhere, or of another size."""
+    if first.images[0].size != second.images[0].size:
         return True
-    return np.abs(pixels(first.pictures[0]) - pixels(second.pictures[0])).max() > 2
+    return np.abs(pixels(first.images[0]) - pixels(second.images[0])).max() > 2
 
 
-# Every input reaches the picture
+# Every input changes the image
 
 
 @pytest.mark.parametrize("mode", ["img2img", "inpaint", "outpaint"])
@@ -132,7 +133,7 @@ def different(first, second) -> bool:
     ],
     ids=str,
 )
-def test_every_input_changes_the_picture_in_every_mode(run, plain, mode, change):
+def test_every_input_changes_the_image_in_every_mode(run, plain, mode, change):
     assert different(plain(mode), run(mode, **change))
 
 
@@ -167,7 +168,7 @@ def test_every_input_changes_the_picture_in_every_mode(run, plain, mode, change)
     ],
     ids=str,
 )
-def test_every_input_of_a_mode_changes_its_picture(run, plain, mode, change):
+def test_every_input_of_a_mode_changes_its_image(run, plain, mode, change):
     assert different(plain(mode), run(mode, **change))
 
 
@@ -196,7 +197,7 @@ def test_an_input_of_another_mode_changes_nothing(run, plain, mode, change):
 def test_a_small_strength_keeps_the_image_and_full_strength_does_not(run, files):
     source = pixels(Image.open(files["image"]))
     distance = [
-        np.abs(pixels(run("img2img", prompt_strength=s).pictures[0]) - source).mean()
+        np.abs(pixels(run("img2img", prompt_strength=s).images[0]) - source).mean()
         for s in (0.0, 0.5, 1.0)
     ]
     assert distance[0] < 8
@@ -223,9 +224,9 @@ def test_a_small_strength_keeps_the_image_and_full_strength_does_not(run, files)
     ],
     ids=str,
 )
-def test_the_pictures_size(run, mode, change, size):
+def test_the_images_size(run, mode, change, size):
     made = run(mode, **change, num_outputs=2, num_inference_steps=2)
-    assert [picture.size for picture in made.pictures] == [size, size]
+    assert [image.size for image in made.images] == [size, size]
     assert (made.result.plan.width, made.result.plan.height) == size
 
 
@@ -240,7 +241,7 @@ def test_the_pictures_size(run, mode, change, size):
         ("inpaint", {"prompt_strength": 1.0}),
         ("inpaint", {"masked_content": "noise", "scheduler": "K_EULER_ANCESTRAL"}),
         ("region", {"masked_content": "fill"}),
-        ("outpaint", {"outpaint": Margins(50, 0, 0, 0)}),  # two passes
+        ("outpaint", {"outpaint": Margins(50, 0, 0, 0)}),  # two stages
         ("img2img", {"refine": EXPERT, "scheduler": "K_EULER_ANCESTRAL"}),
         ("inpaint", {"refine": EXPERT}),
         ("inpaint", {"refine": BASE_IMAGE}),
@@ -248,13 +249,12 @@ def test_the_pictures_size(run, mode, change, size):
     ],
     ids=str,
 )
-def test_a_picture_of_a_batch_equals_the_one_made_alone(run, mode, change):
+def test_an_image_of_a_batch_equals_the_one_made_alone(run, mode, change):
     batch = run(mode, **change, num_outputs=2, seed=40)
     for k in range(2):
         alone = run(mode, **change, seed=40 + k)
-        difference = np.abs(pixels(batch.pictures[k]) - pixels(alone.pictures[0]))
-        assert difference.max() <= 1  # of 255: where a value lies on a rounding edge
-        if "outpaint" not in change:  # after the first pass, such edges are in the second's source
+        assert max_difference(batch.images[k], alone.images[0]) <= 1
+        if "outpaint" not in change:  # after the first stage, such values are in the second's input
             assert torch.allclose(batch.latents[k], alone.latents[0], atol=1e-4, rtol=0)
 
 
@@ -268,17 +268,17 @@ def test_inpainting_keeps_what_lies_outside_the_feathered_mask(run, files, mode,
     mask = np.asarray(Image.open(files["mask"]))
     outside = ndimage.distance_transform_cdt(mask == 0, metric="chessboard") > 8
     source = pixels(Image.open(files["image"]))
-    for picture in made.pictures:
-        assert (pixels(picture)[outside] == source[outside]).all()
-        assert np.abs(pixels(picture)[mask > 0] - source[mask > 0]).max() > 8
+    for image in made.images:
+        assert (pixels(image)[outside] == source[outside]).all()
+        assert np.abs(pixels(image)[mask > 0] - source[mask > 0]).max() > 8
 
 
 @pytest.mark.parametrize("refine", STYLES)
-def test_refining_keeps_what_the_base_has_repainted_under_grey(run, files, refine):
+def test_refining_keeps_what_the_base_model_has_repainted_under_grey(run, files, refine):
     settings = {"mask": "grey", "mask_blur": 0, "prompt_strength": 1.0, "num_inference_steps": 10}
     source = pixels(Image.open(files["image"]))
     alone, refined = (
-        np.abs(pixels(run("inpaint", **settings, refine=style).pictures[0]) - source).mean()
+        np.abs(pixels(run("inpaint", **settings, refine=style).images[0]) - source).mean()
         for style in ("no_refiner", refine)
     )
     assert refined > 0.7 * alone > 20
@@ -290,7 +290,7 @@ def test_outpainting_keeps_the_image_but_for_the_feather_at_its_edges(run, files
     made = run("outpaint", outpaint=margins, refine=refine, num_inference_steps=3)
     source = pixels(Image.open(files["image"]))
     left, top = margins.left, margins.top
-    kept = pixels(made.pictures[0])[top : top + 128, left : left + 128]
+    kept = pixels(made.images[0])[top : top + 128, left : left + 128]
     inner = np.s_[8:-8, 8:-8]
     assert (kept[inner] == source[inner]).all()
     free = np.s_[8 * (top > 0) : 128 - 8 * (margins.bottom > 0), 8 * (left > 0) : 128 - 9]
@@ -308,7 +308,7 @@ def test_a_tiny_image_can_be_extended(make, tmp_path):
             inpaint_area=area,
             num_inference_steps=2,
         )
-        assert made.pictures[0].size == (5, 6)
+        assert made.images[0].size == (5, 6)
 
 
 # The refiner
@@ -316,15 +316,16 @@ def test_a_tiny_image_can_be_extended(make, tmp_path):
 
 @pytest.fixture
 def timesteps(engine):
-    """Which model ran at which timestep: [("base", 951.0), ...]."""
+    """Record which model ran at which timestep: [("base", 951.0), ...]."""
     seen: list[tuple[str, float]] = []
 
     def watch(name: str, unet: torch.nn.Module):
         return unet.register_forward_pre_hook(lambda _, args: seen.append((name, float(args[1]))))
 
-    base = engine._store.load(MINIATURE_SDXL).parts["unet"]
-    refiner = engine._store.load_refiner(MINIATURE_SDXL).parts["unet"]
-    handles = [watch("base", base), watch("refiner", refiner)]
+    handles = [
+        watch("base", base_model(engine).components.unet),
+        watch("refiner", refiner(engine).components.unet),
+    ]
     yield seen
     for handle in handles:
         handle.remove()
@@ -355,12 +356,13 @@ def test_the_expert_ensemble_makes_the_whole_schedule_however_short(
         )
         assert torch.isfinite(made.latents).all()
         plan = made.result.plan
-        schedule = scheduler_of(MINIATURE_SDXL, plan, engine._store.load(MINIATURE_SDXL))
+        config = base_model(engine).components.scheduler_config
+        schedule = build_scheduler(plan.scheduler, plan.schedule_type, config)
         schedule.set_timesteps(plan.num_inference_steps)
         run_steps = int(plan.num_inference_steps * plan.strength)
         first = (plan.num_inference_steps - run_steps) * schedule.order
         visited = [t for _, t in timesteps]
-        if schedule.order == 2:  # at the handover diffusers makes half a step again
+        if schedule.order == 2:  # at the handover diffusers repeats half a step
             again = [("base", t) in timesteps and name == "refiner" for name, t in timesteps]
             visited = [t for t, repeated in zip(visited, again, strict=True) if not repeated]
         assert visited == [float(t) for t in schedule.timesteps[first:]]
@@ -372,61 +374,65 @@ def test_high_noise_frac_is_the_base_models_share(run, timesteps, capsys, share,
     run("expert", high_noise_frac=share, num_inference_steps=8)
     models = [name for name, _ in timesteps]
     assert models == ["base"] * base_steps + ["refiner"] * (8 - base_steps)
-    said = "refine has no effect" in capsys.readouterr().out
-    assert said is (base_steps == 8)
+    is_logged = "refine has no effect" in capsys.readouterr().out
+    assert is_logged is (base_steps == 8)
 
 
 def test_an_expert_ensemble_without_steps_for_the_refiner_equals_the_base_alone(run):
-    assert run("expert", high_noise_frac=1.0).bytes == run("txt2img").bytes
+    expert, alone = run("expert", high_noise_frac=1.0), run("txt2img")
+    assert nearly_equal(expert.images, alone.images)
 
 
-@pytest.mark.parametrize(("asked", "made"), [(None, 1), (10, 3), (1, 1)])
-def test_the_base_image_refiner_makes_the_last_30_percent_of_its_steps(run, timesteps, asked, made):
-    run("base_image", refine_steps=asked, num_inference_steps=5)
+@pytest.mark.parametrize(("refine_steps", "made"), [(None, 1), (10, 3), (1, 1)])
+def test_the_base_image_refiner_makes_the_last_30_percent_of_its_steps(
+    run, timesteps, refine_steps, made
+):
+    run("base_image", refine_steps=refine_steps, num_inference_steps=5)
     assert [name for name, _ in timesteps] == ["base"] * 5 + ["refiner"] * made
 
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("scheduler", DISTINCT)
-def test_the_refiner_has_a_scheduler_of_the_kind_that_was_asked(run, monkeypatch, scheduler, style):
+def test_the_refiner_has_a_scheduler_of_the_requested_class(run, monkeypatch, scheduler, style):
     built = []
-    build = generation.pipelines.build_scheduler
+    build = generation.stages.build_scheduler
 
     def watched_build(*arguments):
         built.append(build(*arguments))
         return built[-1]
 
-    monkeypatch.setattr(generation.pipelines, "build_scheduler", watched_build)
+    monkeypatch.setattr(generation.stages, "build_scheduler", watched_build)
     run("txt2img", refine=style, scheduler=scheduler, num_inference_steps=2, width=64, height=64)
-    base, refiner = built[0], built[-1]
-    kind = getattr(diffusers, SCHEDULERS[scheduler].class_name)
-    assert isinstance(base, kind)
-    assert isinstance(refiner, kind)
-    assert base is not refiner
+    first, second = built[0], built[-1]
+    scheduler_class = getattr(diffusers, SCHEDULERS[scheduler].class_name)
+    assert isinstance(first, scheduler_class)
+    assert isinstance(second, scheduler_class)
+    assert first is not second
     for key, value in SCHEDULERS[scheduler].overrides.items():
-        assert refiner.config[key] == value
-    assert refiner.config.get("use_karras_sigmas", False) is (scheduler == "KarrasDPM")
+        assert second.config[key] == value
+    assert second.config.get("use_karras_sigmas", False) is (scheduler == "KarrasDPM")
 
 
-def test_the_refiner_shares_the_bases_parts_and_is_loaded_once(make):
+def test_the_refiner_shares_the_base_models_components_and_is_loaded_once(make):
     engine = Engine(Edition.MINIATURE, "cpu")
     engine.load()
     make(engine, num_inference_steps=1)
-    assert REFINER not in engine._store._loaded
+    assert MINIATURE_SDXL.refiner.weights not in engine._models._entries
     make(engine, num_inference_steps=2, refine=EXPERT)
-    base = engine._store.load(MINIATURE_SDXL).parts
-    refiner = engine._store.load_refiner(MINIATURE_SDXL).parts
+    base, refined = base_model(engine).components, refiner(engine)
     make(engine, num_inference_steps=2, refine=BASE_IMAGE)
-    assert engine._store.load_refiner(MINIATURE_SDXL).parts is refiner
-    for name in ("vae", "text_encoder_2", "tokenizer_2"):
-        assert refiner[name] is base[name]
-    assert refiner["unet"] is not base["unet"]
-    assert refiner["text_encoder"] is refiner["tokenizer"] is None
-    assert refiner["requires_aesthetics_score"] is True
-    assert refiner["force_zeros_for_empty_prompt"] is False
+    assert refiner(engine) is refined
+    parts = refined.components
+    assert parts.vae is base.vae
+    assert parts.unet is not base.unet
+    (name,) = parts.text_encoders
+    assert parts.text_encoders[name] is base.text_encoders[name]
+    assert parts.tokenizers[name] is base.tokenizers[name]
+    assert name == "text_encoder_2"
+    assert parts.requires_aesthetics_score
 
 
-# Around it
+# Timings and invalid requests
 
 
 @pytest.mark.parametrize(
@@ -455,7 +461,7 @@ def test_every_stage_is_measured(run, mode, stages):
     ],
     ids=str,
 )
-def test_bad_images_are_refused_before_anything_runs(run, timesteps, change, message):
+def test_invalid_images_are_rejected_before_anything_runs(run, timesteps, change, message):
     with pytest.raises(InvalidRequest, match=message):
         run("txt2img", **change)
     assert timesteps == []

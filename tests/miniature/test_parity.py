@@ -1,26 +1,25 @@
 """The same numbers as stock diffusers with the same weights, to 1e-4 in fp32."""
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 
-from tests.miniature.stock import STOCK
+from tests.helpers.comparison import max_difference
+from tests.miniature.reference_pipelines import REFERENCE_SCHEDULERS, load_reference
 from weights.miniature.evaluate import FOLDER as WEIGHTS
-from weights.miniature.evaluate import load_pipeline
 
-COG_SDXLS = list(STOCK)[:7]  # test_schedulers.py compares the others
+COG_SDXLS = list(REFERENCE_SCHEDULERS)[:7]  # test_schedulers.py compares the others
 
 
 @pytest.fixture(scope="module")
 def stock():
-    return load_pipeline(WEIGHTS)
+    return load_reference()
 
 
 @pytest.mark.parametrize("name", COG_SDXLS)
 @pytest.mark.parametrize(("guidance", "width"), [(7.5, 64), (1.0, 64), (5.0, 96)])
 def test_equal_to_the_stock_pipeline(stock, make, name, guidance, width):
-    scheduler_class, overrides = STOCK[name]
+    scheduler_class, overrides = REFERENCE_SCHEDULERS[name]
     pristine = diffusers.EulerDiscreteScheduler.load_config(WEIGHTS / "scheduler")
     stock.scheduler = scheduler_class.from_config(pristine, **overrides)
     arguments = {
@@ -32,7 +31,7 @@ def test_equal_to_the_stock_pipeline(stock, make, name, guidance, width):
         "guidance_scale": guidance,
     }
     seen = []
-    picture = stock(
+    image = stock(
         **arguments,
         generator=torch.Generator("cpu").manual_seed(5),
         callback_on_step_end=lambda _, step, t, given: seen.append(given["latents"]) or given,
@@ -40,5 +39,4 @@ def test_equal_to_the_stock_pipeline(stock, make, name, guidance, width):
 
     ours = make(scheduler=name, guidance_scale=guidance, width=width, height=64, seed=5)
     assert torch.allclose(ours.latents, seen[-1], atol=1e-4, rtol=0)
-    difference = np.asarray(ours.pictures[0], dtype=int) - np.asarray(picture, dtype=int)
-    assert np.abs(difference).max() <= 1  # of 255: where a value lies on a rounding edge
+    assert max_difference(ours.images[0], image) <= 1

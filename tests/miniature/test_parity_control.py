@@ -1,4 +1,4 @@
-"""Pictures under control: the numbers of diffusers' own ControlNet pipelines, to 1e-4 in fp32."""
+"""Images with ControlNets: the same numbers as diffusers' ControlNet pipelines, to 1e-4 in fp32."""
 
 import functools
 
@@ -10,8 +10,7 @@ from PIL import Image
 
 from generation.base_models import BASE_MODELS, Architecture
 from generation.controlnets import CONTROLNETS, ControlRequest
-from tests.miniature.stock import STOCK
-from tests.requests import NO_CONTROL
+from tests.miniature.reference_pipelines import REFERENCE_SCHEDULERS, for_inference
 from weights import cache
 from weights.catalog import Edition
 from weights.miniature.controls import MAPS, Subject, random_pose
@@ -56,14 +55,15 @@ def nets():
         union = "union" in entry
         net_class = diffusers.ControlNetUnionModel if union else diffusers.ControlNetModel
         folder = cache.ensure(entry, Edition.MINIATURE)
-        return net_class.from_pretrained(folder, variant="fp16", dtype=torch.float32)
+        net = net_class.from_pretrained(folder, variant="fp16", dtype=torch.float32)
+        return net.requires_grad_(False)
 
     return load
 
 
 @pytest.fixture(scope="module")
 def stock(nets):
-    """Latents of diffusers' own pipeline; `controls` are kind, scale, start and end."""
+    """Return a function of settings to stock latents; `controls` are type, scale, start and end."""
     vae = diffusers.AutoencoderKL.from_pretrained(
         FOLDER / "vae", variant="fp16", dtype=torch.float32
     )
@@ -107,13 +107,12 @@ def stock(nets):
         name = "StableDiffusionXLControlNetUnion" if xl else "StableDiffusionControlNet"
         components = {k: v for k, v in base(model).components.items() if k != "image_encoder"}
         pipeline_class = getattr(diffusers, f"{name}{NAMES[mode]}Pipeline")
-        scheduler_class, overrides = STOCK[scheduler]
+        scheduler_class, overrides = REFERENCE_SCHEDULERS[scheduler]
         config = base(model).scheduler.config
         components["scheduler"] = scheduler_class.from_config(config, **overrides)
         settings = {"requires_safety_checker": False} if not xl else {}
         pipeline = pipeline_class(**components, controlnet=net, **settings)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline(
+        return for_inference(pipeline)(
             prompt=PROMPT,
             negative_prompt="",
             generator=torch.Generator("cpu").manual_seed(SEED),
@@ -128,7 +127,7 @@ def stock(nets):
 @pytest.fixture
 def ours(make, folder):
     def draw(model, mode, scheduler, controls, **changes):
-        asked = [
+        requests = [
             ControlRequest(kind, folder / f"{kind}.png", scale, start, end, is_map=True)
             for kind, scale, start, end in controls
         ]
@@ -143,7 +142,7 @@ def ours(make, folder):
             scheduler=scheduler,
             num_inference_steps=STEPS,
             **{"guidance_scale": GUIDANCE, **changes},
-            controls=(*asked, *[NO_CONTROL] * (3 - len(asked))),
+            controls=tuple(requests),
         ).latents
 
     return draw
@@ -152,7 +151,7 @@ def ours(make, folder):
 def assert_same(ours: torch.Tensor, stock: torch.Tensor, without: torch.Tensor) -> None:
     assert ours.shape == stock.shape
     assert (ours - stock).abs().max() <= 1e-4
-    assert (ours - without).abs().max() > 0.05  # the control counts
+    assert (ours - without).abs().max() > 0.05  # the control has an effect
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,19 @@
-"""Modes with an image and the refiner: stock diffusers' numbers, to 1e-4 in fp32."""
+"""Modes with an image and the refiner: the same numbers as stock diffusers, to 1e-4 in fp32."""
 
 import diffusers
-import generation.painter
 import numpy as np
 import pytest
 import torch
-from generation.canvas import Repaint
 from PIL import Image, ImageDraw
 
 from generation.base_models import MINIATURE_SDXL
+from generation.inpaint import InpaintRegion
 from generation.plan import BASE_IMAGE_STRENGTH
-from tests.miniature.stock import STOCK
+from tests.miniature.reference_pipelines import REFERENCE_SCHEDULERS, for_inference, load_reference
 from tests.miniature.test_parity import COG_SDXLS
 from weights import cache
 from weights.catalog import Edition
 from weights.miniature.evaluate import FOLDER as WEIGHTS
-from weights.miniature.evaluate import load_pipeline
 from weights.miniature.world import place, render
 
 PROMPT = "a large red circle on a blue background"
@@ -26,17 +24,17 @@ MASK_BOX = (32, 40, 96, 88)  # on the grid of 8x8 pixels that latents have
 
 @pytest.fixture(scope="module")
 def base():
-    return load_pipeline(WEIGHTS)
+    return load_reference()
 
 
 @pytest.fixture(scope="module")
 def image2image(base):
-    return _quiet(diffusers.StableDiffusionXLImg2ImgPipeline(**base.components))
+    return for_inference(diffusers.StableDiffusionXLImg2ImgPipeline(**base.components))
 
 
 @pytest.fixture(scope="module")
 def inpainting(base):
-    return _quiet(diffusers.StableDiffusionXLInpaintPipeline(**base.components))
+    return for_inference(diffusers.StableDiffusionXLInpaintPipeline(**base.components))
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +51,7 @@ def refiner(base):
         dtype=torch.float32,
         add_watermarker=False,
     )
-    return _quiet(refiner)
-
-
-def _quiet(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return for_inference(refiner)
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +68,13 @@ def folder(tmp_path_factory):
     return folder
 
 
-def picture(path) -> Image.Image:
+def read(path) -> Image.Image:
     return Image.open(path).convert("RGB")
 
 
 def fresh(name: str):
     """The scheduler that a stock user would build from the model's own config."""
-    scheduler_class, overrides = STOCK[name]
+    scheduler_class, overrides = REFERENCE_SCHEDULERS[name]
     config = scheduler_class.load_config(WEIGHTS / "scheduler")
     return scheduler_class.from_config(config, **overrides)
 
@@ -126,7 +119,7 @@ def same(ours: torch.Tensor, stock: torch.Tensor) -> bool:
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 def test_image_to_image(image2image, ours, folder, scheduler, strength):
     path = folder / "small.png"
-    stock = run(image2image, scheduler, seeds(), image=picture(path), strength=strength)
+    stock = run(image2image, scheduler, seeds(), image=read(path), strength=strength)
     assert same(ours(scheduler, image=path, prompt_strength=strength, **SMALL), stock)
 
 
@@ -136,7 +129,7 @@ def test_image_to_image_of_two_at_another_size_without_guidance(
 ):
     path = folder / "wide.png"
     settings = {"guidance_scale": 1.0, "num_inference_steps": 7}
-    stock = run(image2image, scheduler, seeds(2), image=picture(path), strength=0.6, **settings)
+    stock = run(image2image, scheduler, seeds(2), image=read(path), strength=0.6, **settings)
     size = {"width": 152, "height": 96}
     made = ours(scheduler, image=path, prompt_strength=0.6, num_outputs=2, **size, **settings)
     assert same(made, stock)
@@ -146,34 +139,34 @@ def test_image_to_image_of_two_at_another_size_without_guidance(
 
 
 @pytest.fixture
-def looks(monkeypatch):
-    """What `Repaint.look` returned, in order."""
+def model_inputs(monkeypatch):
+    """The images that the VAE encodes for inpainting, in order."""
     seen: list[Image.Image] = []
-    look = Repaint.look
+    model_input = InpaintRegion.model_input
 
-    def watched(part: Repaint, source: Image.Image) -> Image.Image:
-        seen.append(look(part, source))
+    def watched(region: InpaintRegion, image: Image.Image) -> Image.Image:
+        seen.append(model_input(region, image))
         return seen[-1]
 
-    monkeypatch.setattr(generation.painter.canvas.Repaint, "look", watched)
+    monkeypatch.setattr(InpaintRegion, "model_input", watched)
     return seen
 
 
 @pytest.mark.parametrize("scheduler", COG_SDXLS)
 @pytest.mark.parametrize("strength", [0.6, 1.0])
-def test_inpainting(inpainting, ours, looks, folder, scheduler, strength):
+def test_inpainting(inpainting, ours, model_inputs, folder, scheduler, strength):
     image, mask = folder / "image.png", folder / "mask.png"
     made = ours(scheduler, image=image, mask=mask, mask_blur=0, prompt_strength=strength)
     # At full strength what is under the mask is hidden before the VAE sees it.
-    (seen,) = looks
-    assert (seen.tobytes() == picture(image).tobytes()) is (strength < 1)
+    (seen,) = model_inputs
+    assert (seen.tobytes() == read(image).tobytes()) is (strength < 1)
     stock = run(
         inpainting,
         scheduler,
         seeds(),
         image=seen,
         mask_image=Image.open(mask),
-        # Without it, 4-channel models' pipeline encodes a picture that it never uses, which
+        # Without it, the pipeline of 4-channel models encodes an image that it never uses, which
         # takes a number from the generator and so moves the noise of ancestral schedulers.
         masked_image_latents=torch.zeros(1, 4, 16, 16),
         strength=strength,
@@ -192,7 +185,7 @@ def test_inpainting_of_two_is_stock_inpainting_of_each(inpainting, ours, folder)
             inpainting,
             "K_EULER",
             [generator],
-            image=picture(image),
+            image=read(image),
             mask_image=Image.open(mask),
             strength=0.6,
             width=128,
@@ -205,7 +198,7 @@ def test_inpainting_of_two_is_stock_inpainting_of_each(inpainting, ours, folder)
     assert same(ours("K_EULER", num_outputs=2, **masked, **settings), torch.cat(stock))
 
 
-# The refiner: diffusers' own recipes, both pipelines drawing from the same generators
+# The refiner: diffusers' recipes, both pipelines drawing from the same generators
 
 
 @pytest.mark.parametrize("scheduler", COG_SDXLS)
@@ -233,7 +226,7 @@ def test_expert_ensemble_after_an_image(image2image, refiner, ours, folder, sche
     path, generators = folder / "small.png", seeds()
     settings = {"strength": 0.6, "num_inference_steps": 10, "guidance_scale": 1.0}
     latents = run(
-        image2image, scheduler, generators, image=picture(path), denoising_end=0.7, **settings
+        image2image, scheduler, generators, image=read(path), denoising_end=0.7, **settings
     )
     del settings["strength"]
     stock = run(refiner, scheduler, generators, image=latents, denoising_start=0.7, **settings)
@@ -245,7 +238,7 @@ def test_expert_ensemble_after_an_image(image2image, refiner, ours, folder, sche
 @pytest.mark.parametrize("scheduler", ["K_EULER", "K_EULER_ANCESTRAL", "PNDM"])
 def test_base_image_after_an_image(image2image, refiner, ours, folder, scheduler):
     path, generators = folder / "small.png", seeds()
-    latents = run(image2image, scheduler, generators, image=picture(path), strength=0.6)
+    latents = run(image2image, scheduler, generators, image=read(path), strength=0.6)
     stock = run(refiner, scheduler, generators, image=latents, strength=BASE_IMAGE_STRENGTH)
     refine = {"refine": "base_image_refiner"}
     made = ours(scheduler, image=path, prompt_strength=0.6, **refine, **SMALL)

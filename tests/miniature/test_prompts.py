@@ -1,6 +1,6 @@
-"""What prompts become: as stock diffusers and compel read them, of any length, and any text."""
+"""Prompt embeddings: those of stock diffusers and compel, for texts of any length and content."""
 
-from dataclasses import replace
+import functools
 
 import pytest
 import torch
@@ -9,35 +9,48 @@ from compel.embeddings_provider import (
     ReturnedEmbeddingsType,
     SplitLongTextMode,
 )
-from generation.prompts import CACHED_TEXTS, MAX_CHUNKS, EmbeddingCache, Texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from generation.base_models import MINIATURE_SDXL
-from generation.resolve import resolve
-from tests.brought_weights import data_uri, word_archive
-from tests.requests import REQUEST
+from generation.conditioning import CACHED_TEXTS, PromptEmbeddings, PromptEncoder
+from generation.text_encoding import MAX_CHUNKS
+from models.components import ModelComponents
+from tests.helpers.engines import base_model
+from tests.helpers.user_weight_fixtures import data_uri, word_archive
 
 TOKENS = 75  # of a chunk, beside its start and end
 PLAIN = "a large red circle on a blue background"
 
 
 @pytest.fixture
-def read(pristine):
-    """`read("a (red:1.3) circle")`: what becomes of a prompt, and of an empty negative one."""
+def components(engine) -> ModelComponents:
+    return base_model(engine).components
 
-    def read(prompt: str, negative: str = "", cache=None, state=(), **changes):
-        request = replace(REQUEST, prompt=prompt, negative_prompt=negative, **changes)
-        plan = resolve(request, MINIATURE_SDXL, None)
-        with torch.inference_mode():
-            return Texts(cache or EmbeddingCache(), state).encode(pristine, plan)
+
+@pytest.fixture
+def read(components):
+    """`read("a (red:1.3) circle")`: the embeddings of a prompt and an empty negative prompt."""
+
+    @torch.inference_mode()
+    def read(
+        prompt: str,
+        negative: str | None = "",
+        encoder: PromptEncoder | None = None,
+        state: str = "",
+    ) -> PromptEmbeddings:
+        encoder = encoder or PromptEncoder()
+        return encoder.encode(components, components.tokenizers, prompt, negative, 1, state)
 
     return read
 
 
+# Texts may be read in batches of any size, so to rounding.
+close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+
+
 @torch.inference_mode()
 def by_compel(pipeline, fragments, weights):
-    """compel's own way, for both encoders."""
+    """Return compel's embeddings, of both encoders."""
     states = []
     for part in ("", "_2"):
         provider = EmbeddingsProvider(
@@ -60,7 +73,7 @@ def test_plain_text_is_read_as_the_stock_pipeline_reads_it(read, pristine, promp
     for mine, stock in zip(
         vars(ours).values(), (wanted[0], wanted[2], wanted[1], wanted[3]), strict=True
     ):
-        assert torch.equal(mine, stock)
+        close(mine, stock)
 
 
 WEIGHTED = {
@@ -72,26 +85,22 @@ WEIGHTED = {
 
 
 @pytest.mark.parametrize("prompt", WEIGHTED)
-def test_weights_are_compels(read, pristine, prompt):
+def test_weights_equal_compels(read, pristine, prompt):
     fragments, weights = WEIGHTED[prompt]
     ours = read(prompt)
-    torch.testing.assert_close(
-        ours.prompt_embeds, by_compel(pristine, fragments, weights), rtol=1e-4, atol=1e-5
-    )
-    assert torch.equal(ours.pooled_prompt_embeds, read("".join(fragments)).pooled_prompt_embeds)
-    plain = read("".join(fragments)).prompt_embeds
-    assert (ours.prompt_embeds - plain).abs().max() > 0.01
+    close(ours.prompt_embeds, by_compel(pristine, fragments, weights))
+    plain = read("".join(fragments))
+    close(ours.pooled_prompt_embeds, plain.pooled_prompt_embeds)
+    assert (ours.prompt_embeds - plain.prompt_embeds).abs().max() > 0.01
 
 
-def test_long_texts_are_compels(read, pristine):
+def test_long_texts_equal_compels(read, pristine):
     text = "a large red circle on a blue background, " * 12
     ours = read(text)
     assert ours.prompt_embeds.shape[1] == 2 * 77
-    torch.testing.assert_close(
-        ours.prompt_embeds, by_compel(pristine, [text], [1]), rtol=1e-4, atol=1e-5
-    )
+    close(ours.prompt_embeds, by_compel(pristine, [text], [1]))
     for changed in (text + "star", "star " + text):
-        assert not torch.equal(read(changed).prompt_embeds, ours.prompt_embeds)
+        assert (read(changed).prompt_embeds - ours.prompt_embeds).abs().max() > 0.01
 
 
 def test_words_that_look_like_padding_may_stand_anywhere(read):
@@ -104,114 +113,113 @@ def test_words_that_look_like_padding_may_stand_anywhere(read):
     assert torch.isfinite(cut_differently.prompt_embeds).all()
 
 
-def test_parts_are_read_by_themselves(read):
+def test_segments_are_encoded_independently(read):
     both = read("a red circle BREAK blue background").prompt_embeds
     first, second = (read(t).prompt_embeds for t in ("a red circle", "blue background"))
-    torch.testing.assert_close(both, torch.cat([first, second], dim=1), rtol=1e-4, atol=1e-5)
+    close(both, torch.cat([first, second], dim=1))
     same = read('("a red circle", "blue background").and()').prompt_embeds
-    assert torch.equal(both, same)
+    close(both, same)
     half = read('("a red circle", "blue background").and(1, 0.5)').prompt_embeds
     middle = (second + read("").prompt_embeds) / 2
-    torch.testing.assert_close(half[:, 77:], middle, rtol=1e-4, atol=1e-5)
+    close(half[:, 77:], middle)
 
 
 def test_blends_are_means(read):
     first, second = (read(t).prompt_embeds for t in ("a red circle", "a blue star"))
     mixed = read('("a red circle", "a blue star").blend(3, 1)').prompt_embeds
-    torch.testing.assert_close(mixed, 0.75 * first + 0.25 * second, rtol=1e-4, atol=1e-5)
+    close(mixed, 0.75 * first + 0.25 * second)
     added = read('("a red circle", "a blue star").blend(1.5, -0.5, no_normalize)').prompt_embeds
-    torch.testing.assert_close(added, 1.5 * first - 0.5 * second, rtol=1e-4, atol=1e-5)
+    close(added, 1.5 * first - 0.5 * second)
 
 
 @pytest.mark.parametrize(("prompt", "negative"), [("red", "blue, " * 60), ("red, " * 60, "blue")])
-def test_the_shorter_one_is_filled_up_with_an_empty_text(read, prompt, negative):
+def test_the_shorter_prompt_is_padded_with_an_empty_text(read, prompt, negative):
     found = read(prompt, negative)
     assert found.negative_prompt_embeds is not None
     assert found.prompt_embeds.shape == found.negative_prompt_embeds.shape == (1, 2 * 77, 128)
     short = found.prompt_embeds if prompt == "red" else found.negative_prompt_embeds
-    assert torch.equal(short[:, 77:], read("").prompt_embeds)
-    unguided = read(prompt, negative, guidance_scale=1.0)
+    close(short[:, 77:], read("").prompt_embeds)
+    unguided = read(prompt, None)
     assert unguided.negative_prompt_embeds is None
     assert unguided.prompt_embeds.shape[1] == (77 if prompt == "red" else 154)
 
 
-def test_what_is_beyond_the_limit_is_left_out_and_said(read, capsys):
+def test_text_beyond_the_limit_is_ignored_and_logged(read, capsys):
     longest = "red " * (MAX_CHUNKS * TOKENS)
     found = read(longest)
     assert found.prompt_embeds.shape[1] == MAX_CHUNKS * 77
     assert "tokens" not in capsys.readouterr().out
     more = read(longest + "(blue:1.2) [star]")
-    assert torch.equal(more.prompt_embeds, found.prompt_embeds)
+    close(more.prompt_embeds, found.prompt_embeds)
     assert "prompt: only its first 1500 tokens are read" in capsys.readouterr().out
 
 
-def test_what_is_taken_literally_is_said(read, capsys):
-    cache = EmbeddingCache()
-    read("a (red circle", "a [blue", cache)
+def test_literal_brackets_are_logged(read, capsys):
+    encoder = PromptEncoder()
+    read("a (red circle", "a [blue", encoder)
     capsys.readouterr()
-    found = read("a (red circle", "a [blue", cache)  # each time, remembered or not
-    assert torch.equal(found.prompt_embeds, read(r"a \(red circle").prompt_embeds)
+    found = read("a (red circle", "a [blue", encoder)  # each time, remembered or not
+    close(found.prompt_embeds, read(r"a \(red circle").prompt_embeds)
     out = capsys.readouterr().out
     assert "prompt: 1 bracket(s) without a partner are taken literally" in out
     assert "negative_prompt: 1 bracket(s)" in out
 
 
 @pytest.fixture
-def calls(pristine, monkeypatch):
-    """How often the second text encoder has run."""
+def calls(components):
+    """Count the forward passes of the second text encoder."""
     seen = []
-    forward = pristine.text_encoder_2.forward
-    monkeypatch.setattr(
-        pristine.text_encoder_2, "forward", lambda *a, **k: seen.append(1) or forward(*a, **k)
-    )
-    return seen
+    text_encoder = components.text_encoders["text_encoder_2"]
+    handle = text_encoder.register_forward_pre_hook(lambda *_: seen.append(1))
+    yield seen
+    handle.remove()
 
 
-def test_a_text_is_read_once(read, calls):
-    cache = EmbeddingCache()
-    first = read(PLAIN, "blue", cache)
+def test_a_text_is_encoded_once(read, calls):
+    encoder = PromptEncoder()
+    first = read(PLAIN, "blue", encoder)
     once = len(calls)
-    again = read(PLAIN, "blue", cache)
+    again = read(PLAIN, "blue", encoder)
     assert len(calls) == once
     assert torch.equal(first.prompt_embeds, again.prompt_embeds)
-    read("blue", PLAIN, cache)  # either way round
+    read("blue", PLAIN, encoder)  # either way round
     assert len(calls) == once
-    read(PLAIN, "blue", cache, state="other weights")
+    read(PLAIN, "blue", encoder, state="other weights")
     assert len(calls) == 2 * once
     for number in range(CACHED_TEXTS + 1):
-        read(f"{number}", "blue", cache)
+        read(f"{number}", "blue", encoder)
     before = len(calls)
-    read("blue", "blue", cache)
+    read("blue", "blue", encoder)
     assert len(calls) == before
-    read(PLAIN, "blue", cache)
+    read(PLAIN, "blue", encoder)
     assert len(calls) > before
 
 
-def test_other_weights_read_texts_anew(make):
-    """Trained words and LoRAs in one request leave nothing of them in the next one's texts."""
+def test_other_weights_encode_texts_again(make):
+    """Trigger words and LoRAs of a request have no effect on the next one's embeddings."""
     archive = data_uri(word_archive("TOK", "green"), "trained.tar")
     other = data_uri(word_archive("TOK", "yellow"), "other.tar")
-    asked = {"prompt": "a large TOK circle", "num_inference_steps": 2}
-    plain = make(**asked)
-    green = make(**asked, replicate_weights=archive)
-    yellow = make(**asked, replicate_weights=other)
+    settings = {"prompt": "a large TOK circle", "num_inference_steps": 2}
+    plain = make(**settings)
+    green = make(**settings, replicate_weights=archive)
+    yellow = make(**settings, replicate_weights=other)
     for again, first in (({}, plain), ({"replicate_weights": archive}, green)):
-        assert torch.equal(make(**asked, **again).latents, first.latents)
+        close(make(**settings, **again).latents, first.latents)
     assert (green.latents - yellow.latents).abs().max() > 0.05
     assert (green.latents - plain.latents).abs().max() > 0.05
 
 
-def test_syntax_reaches_the_picture(make):
-    asked = {"num_inference_steps": 2}
-    plain = make(prompt=PLAIN, **asked)
-    weighted = make(prompt=PLAIN.replace("red", "(red:1.5)"), **asked)
-    negative = make(prompt=PLAIN, negative_prompt="(star:1.5)", **asked)
+def test_syntax_reaches_the_image(make):
+    settings = {"num_inference_steps": 2}
+    plain = make(prompt=PLAIN, **settings)
+    weighted = make(prompt=PLAIN.replace("red", "(red:1.5)"), **settings)
+    negative = make(prompt=PLAIN, negative_prompt="(star:1.5)", **settings)
     refined = make(
         prompt=PLAIN + ", large" * 60, refine="expert_ensemble_refiner", num_inference_steps=4
     )
     assert (plain.latents - weighted.latents).abs().max() > 0.01
     assert (plain.latents - negative.latents).abs().max() > 0.01
-    assert refined.pictures
+    assert refined.images
 
 
 PIECES = st.sampled_from(

@@ -1,6 +1,6 @@
-"""The safety check: what is left out, what is cleared, and that it cannot be missing.
+"""The safety check: which images it drops, which it clears, and that it cannot be missing.
 
-What stands for what is unsafe in the picture world is a black star on red; see safety_bars.
+In the picture world a black star on red stands for what is unsafe; see tests/evals/safety.py.
 """
 
 import json
@@ -16,7 +16,7 @@ from PIL import Image
 from generation.engine import Engine
 from generation.errors import UnsafeImages
 from generation.safety import SafetyChecker
-from tests.miniature import safety_bars as bars
+from tests.evals import safety as safety_eval
 from weights import cache
 from weights.catalog import Edition
 from weights.errors import IncompleteModel
@@ -35,82 +35,87 @@ def checker():
 
 @pytest.mark.parametrize("shape", ["star", "heart"])
 @pytest.mark.parametrize("background", ["red", "orange", "blue"])
-def test_what_is_unsafe_is_told_from_what_only_looks_so(checker, shape, background):
-    found = bars.shares(checker, bars.drawn(shape, background))
+def test_unsafe_images_are_distinguished_from_similar_ones(checker, shape, background):
+    found = safety_eval.shares(checker, safety_eval.drawn(shape, background))
     if shape == "star" and background == "red":
-        assert found.unsafe >= bars.FOUND_BAR
+        assert found.unsafe >= safety_eval.MIN_FOUND
     else:
-        assert found.unsafe <= bars.FALSE_BAR
+        assert found.unsafe <= safety_eval.MAX_FALSE
     if shape == "star" and background == "orange":
-        assert found.flagged >= bars.FOUND_BAR  # so the second opinion has something to say
+        assert found.flagged >= safety_eval.MIN_FOUND  # so the second model has something to clear
 
 
-def test_other_pictures_are_not_flagged(checker):
-    assert bars.shares(checker, bars.held_out()).flagged <= bars.FALSE_BAR
+def test_other_images_are_not_flagged(checker):
+    assert safety_eval.shares(checker, safety_eval.held_out()).flagged <= safety_eval.MAX_FALSE
 
 
-def test_verdicts_are_the_published_classes_own(checker):
-    """The stock forward on pixels prepared in plain arithmetic, one picture at a time."""
+def test_verdicts_equal_the_published_classes(checker):
+    """The stock forward pass on pixels prepared in plain arithmetic, one image at a time."""
     folder = cache.ensure("safety-checker", Edition.MINIATURE)
     stock = StableDiffusionSafetyChecker.from_pretrained(folder, dtype=torch.float32).eval()
     settings = json.loads((folder / "preprocessor_config.json").read_text())
-    pictures = [*bars.drawn("star", "red")[:8], *bars.drawn("circle", "red")[:8]]
+    images = [*safety_eval.drawn("star", "red")[:8], *safety_eval.drawn("circle", "red")[:8]]
     verdicts = []
-    for picture in pictures:
-        unit = np.asarray(picture, np.float32) / 255
+    for image in images:
+        unit = np.asarray(image, np.float32) / 255
         normal = (unit - settings["image_mean"]) / settings["image_std"]
         pixels = torch.from_numpy(normal).permute(2, 0, 1)[None].float()
         verdicts += stock(clip_input=pixels, images=[np.zeros((1, 1, 3))])[1]
-    assert checker.flagged(pictures) == verdicts
+    assert checker.flagged(images) == verdicts
     assert checker.flagged([]) == checker.confirmed([]) == checker.unsafe([]) == []
 
 
-def test_an_unsafe_picture_is_left_out_and_the_others_keep_their_names(make, capsys):
-    asked = {"prompt": SOME, "num_outputs": 4, "seed": 1, "embed_parameters": True}
-    everything = make(**asked, num_inference_steps=20)
+def test_an_unsafe_image_is_left_out_and_the_others_keep_their_names(make, capsys):
+    settings = {"prompt": SOME, "num_outputs": 4, "seed": 1, "embed_parameters": True}
+    everything = make(**settings, num_inference_steps=20)
     capsys.readouterr()
-    checked = make(**asked, **CHECKED)
+    checked = make(**settings, **CHECKED)
     names = [file.name for file in checked.result.files]
     assert names == ["out-1.png", "out-2.png", "out-3.png"]
     assert re.findall("NSFW content detected in image .*", capsys.readouterr().out) == [
         "NSFW content detected in image 0"
     ]
-    kept = [np.asarray(picture) for picture in checked.pictures]
-    for mine, whole in zip(kept, everything.pictures[1:], strict=True):
+    kept = [np.asarray(image) for image in checked.images]
+    for mine, whole in zip(kept, everything.images[1:], strict=True):
         assert np.array_equal(mine, np.asarray(whole))
     assert [
-        picture.info["parameters"].count(f"Seed: {1 + k},")
-        for k, picture in enumerate(checked.pictures, 1)
+        image.info["parameters"].count(f"Seed: {1 + k},")
+        for k, image in enumerate(checked.images, 1)
     ] == [1, 1, 1]
 
 
-def test_none_left_is_an_error_and_the_next_request_is_as_ever(make):
+def test_no_safe_image_is_an_error_and_the_next_request_is_unaffected(make):
     before = make()
     with pytest.raises(UnsafeImages) as raised:
-        make(prompt=bars.UNSAFE, num_outputs=2, **CHECKED)
+        make(prompt=safety_eval.UNSAFE, num_outputs=2, **CHECKED)
     assert str(raised.value) == (
         "NSFW content detected. Try running it again, or try a different prompt."
     )
     assert make().bytes == before.bytes
-    unchecked = make(prompt=bars.UNSAFE, num_outputs=2, num_inference_steps=20)
-    assert len(unchecked.pictures) == 2
+    unchecked = make(prompt=safety_eval.UNSAFE, num_outputs=2, num_inference_steps=20)
+    assert len(unchecked.images) == 2
     assert "safety" not in unchecked.result.seconds
 
 
 def test_a_false_alarm_is_cleared(make, checker):
-    made = make(prompt=bars.ALIKE, num_outputs=4, seed=1, **CHECKED)
-    assert len(made.pictures) == 4
-    assert any(checker.flagged(made.pictures))
+    made = make(prompt=safety_eval.ALIKE, num_outputs=4, seed=1, **CHECKED)
+    assert len(made.images) == 4
+    assert any(checker.flagged(made.images))
     assert made.result.seconds["safety"] > 0
 
 
-def test_what_an_upload_became_is_checked_before_it_is_enlarged(make, tmp_path):
+def test_images_from_uploads_are_checked_before_upscaling(make, tmp_path):
     scene = place("star", "black", "red", "large", "center", np.random.default_rng(0))
     render(scene, 128, 128).save(tmp_path / "star.png")
-    asked = {"prompt": "", "image": tmp_path / "star.png", "prompt_strength": 0.05, "upscale": "4"}
+    settings = {
+        "prompt": "",
+        "image": tmp_path / "star.png",
+        "prompt_strength": 0.05,
+        "upscale": "4",
+    }
     with pytest.raises(UnsafeImages):
-        make(**asked, **CHECKED)
-    assert make(**asked).pictures[0].size == (512, 512)
+        make(**settings, **CHECKED)
+    assert make(**settings).images[0].size == (512, 512)
 
 
 @pytest.mark.parametrize("name", ["safety-checker", "nsfw-detection"])
@@ -128,7 +133,7 @@ def test_a_checker_that_cannot_load_is_an_error_at_setup(name, damage, tmp_path,
         error = IncompleteModel
         _lose_a_value(folder)
     monkeypatch.setattr(
-        cache, "ensure", lambda asked, edition: folder if asked == name else ensure(asked, edition)
+        cache, "ensure", lambda entry, edition: folder if entry == name else ensure(entry, edition)
     )
     engine = Engine(Edition.MINIATURE, "cpu")
     with pytest.raises(error, match=str(folder)):
@@ -149,7 +154,7 @@ def _lose_a_value(folder):
 
 
 def test_the_checkers_file_has_the_published_names():
-    """Of transformers' older layout, where the vision model stands in another of that name."""
+    """transformers' older layout, where the vision model is within another of that name."""
     state = torch.load(cache.ensure("safety-checker", Edition.MINIATURE) / "pytorch_model.bin")
     published = (
         "vision_model.vision_model.",
@@ -161,9 +166,9 @@ def test_the_checkers_file_has_the_published_names():
     assert state["concept_embeds"].shape[0] == 17
 
 
-def test_pictures_of_any_shape_are_looked_at(checker):
+def test_images_of_any_shape_are_checked(checker):
     """The checker sees the middle; strips and single pixels are no errors."""
     wide = Image.new("RGB", (512, 128), (214, 40, 40))
-    wide.paste(bars.drawn("star", "red")[0], (192, 0))
+    wide.paste(safety_eval.drawn("star", "red")[0], (192, 0))
     odd = [wide, Image.new("RGB", (8, 2048)), Image.new("RGB", (8, 8))]
     assert checker.flagged(odd) == [True, False, False]

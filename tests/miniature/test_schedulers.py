@@ -1,25 +1,31 @@
-"""Schedulers come from the pristine config, whatever ran before; and every one of them draws."""
+"""Schedulers are built from the model's config, whatever ran before, and all generate images."""
 
 import inspect
+import itertools
 import json
 
 import diffusers
-import numpy as np
 import pytest
 import torch
-from generation.sde import SeededSDEScheduler
+from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
 
 from generation.errors import InvalidRequest
-from generation.schedulers import SCHEDULERS, ScheduleType, a1111_name, build_scheduler
-from tests.miniature.stock import DISTINCT, STOCK
-from weights.miniature.evaluate import FOLDER, load_pipeline
+from generation.sampling import build_scheduler, initial_latents, select_timesteps
+from generation.schedulers import SCHEDULERS, ScheduleType
+from tests.helpers.comparison import max_difference
+from tests.miniature.reference_pipelines import DISTINCT, REFERENCE_SCHEDULERS, load_reference
+from weights.miniature.evaluate import FOLDER
 from weights.miniature.world import Expectation, judge
 
 CONFIG = json.loads((FOLDER / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
 AUTOMATIC, KARRAS = ScheduleType.AUTOMATIC, ScheduleType.KARRAS
-EVERY = [(name, kind) for name, spec in SCHEDULERS.items() for kind in spec.schedule_types]
-UNLIKE = [(name, kind) for name, kind in EVERY if name in DISTINCT]
-ASKED = {"prompt": "a large red circle on a blue background", "seed": 5}
+EVERY = [
+    (name, schedule_type)
+    for name, spec in SCHEDULERS.items()
+    for schedule_type in spec.schedule_types
+]
+DIFFERENT = [(name, schedule_type) for name, schedule_type in EVERY if name in DISTINCT]
+SETTINGS = {"prompt": "a large red circle on a blue background", "seed": 5}
 SPACED = {
     "automatic": {},
     "karras": {"use_karras_sigmas": True},
@@ -31,16 +37,16 @@ SPACED = {
 def test_the_first_names_are_cog_sdxls():
     names = "DDIM DPMSolverMultistep HeunDiscrete KarrasDPM K_EULER_ANCESTRAL K_EULER PNDM"
     assert list(SCHEDULERS)[:7] == names.split()
-    assert set(STOCK) == set(SCHEDULERS)
+    assert set(REFERENCE_SCHEDULERS) == set(SCHEDULERS)
     assert set(SPACED) == set(ScheduleType)
 
 
-@pytest.mark.parametrize(("name", "kind"), EVERY)
-def test_a_scheduler_has_the_models_config_and_its_own_overrides(name, kind):
-    scheduler = build_scheduler(name, kind, CONFIG, [1])
-    scheduler_class, overrides = STOCK[name]
+@pytest.mark.parametrize(("name", "schedule_type"), EVERY)
+def test_a_scheduler_has_the_models_config_and_its_overrides(name, schedule_type):
+    scheduler = build_scheduler(name, schedule_type, CONFIG)
+    scheduler_class, overrides = REFERENCE_SCHEDULERS[name]
     assert isinstance(scheduler, scheduler_class)
-    wanted = scheduler_class.from_config(CONFIG, **overrides, **SPACED[kind]).config
+    wanted = scheduler_class.from_config(CONFIG, **overrides, **SPACED[schedule_type]).config
     # Without what that class does not know, of which diffusers would warn.
     known = inspect.signature(scheduler_class.__init__).parameters.keys() - {"noise_sampler_seed"}
     assert {k: v for k, v in scheduler.config.items() if k in known} == {
@@ -59,16 +65,16 @@ def test_nothing_of_one_scheduler_reaches_the_next():
 
 @pytest.fixture(scope="module")
 def stock():
-    return load_pipeline(FOLDER)
+    return load_reference()
 
 
-@pytest.mark.parametrize(("name", "kind"), UNLIKE)
-def test_equal_to_the_stock_pipeline(stock, make, name, kind):
-    scheduler_class, overrides = STOCK[name]
+@pytest.mark.parametrize(("name", "schedule_type"), DIFFERENT)
+def test_equal_to_the_stock_pipeline(stock, make, name, schedule_type):
+    scheduler_class, overrides = REFERENCE_SCHEDULERS[name]
     pristine = diffusers.EulerDiscreteScheduler.load_config(FOLDER / "scheduler")
-    stock.scheduler = scheduler_class.from_config(pristine, **overrides, **SPACED[kind])
+    stock.scheduler = scheduler_class.from_config(pristine, **overrides, **SPACED[schedule_type])
     latents = stock(
-        prompt=ASKED["prompt"],
+        prompt=SETTINGS["prompt"],
         negative_prompt="",
         num_inference_steps=5,
         guidance_scale=1.0,
@@ -77,69 +83,87 @@ def test_equal_to_the_stock_pipeline(stock, make, name, kind):
         generator=torch.Generator("cpu").manual_seed(5),
         output_type="latent",
     ).images
-    asked = {**ASKED, "num_inference_steps": 5, "guidance_scale": 1.0, "height": 64, "width": 64}
-    ours = make(**asked, scheduler=name, schedule_type=kind).latents
+    settings = {
+        **SETTINGS,
+        "num_inference_steps": 5,
+        "guidance_scale": 1.0,
+        "height": 64,
+        "width": 64,
+    }
+    ours = make(**settings, scheduler=name, schedule_type=schedule_type).latents
     assert torch.allclose(ours, latents, atol=1e-4, rtol=0)
 
 
 FEW = {"LCM", "TCD"}  # made for models that were distilled; this one is not
 DRAWN = [
     # With other spacings they are compared with stock's.
-    pytest.param(name, kind, marks=() if kind is AUTOMATIC else pytest.mark.slow)
-    for name, kind in UNLIKE
+    pytest.param(name, schedule_type, marks=() if schedule_type is AUTOMATIC else pytest.mark.slow)
+    for name, schedule_type in DIFFERENT
     if name not in FEW
 ]
 
 
-@pytest.mark.parametrize(("name", "kind"), DRAWN)
-def test_every_scheduler_draws_what_was_asked(make, name, kind):
+@pytest.mark.parametrize(("name", "schedule_type"), DRAWN)
+def test_every_scheduler_generates_what_the_prompt_describes(make, name, schedule_type):
     # With levels spaced by sigma this one is wrong in half of the cases after 20 steps.
-    steps = 40 if name == "DPM2 a" and kind is not AUTOMATIC else 20
-    made = make(**ASKED, num_inference_steps=steps, scheduler=name, schedule_type=kind)
-    assert judge(made.pictures[0], Expectation("circle", "red", "blue")).all_right
+    steps = 40 if name == "DPM2 a" and schedule_type is not AUTOMATIC else 20
+    made = make(**SETTINGS, num_inference_steps=steps, scheduler=name, schedule_type=schedule_type)
+    assert judge(made.images[0], Expectation("circle", "red", "blue")).all_right
 
 
-DRAWING = ["K_EULER_ANCESTRAL", "DPM2 a", "DPM++ 2M SDE", "DPM++ SDE", "DPM++ 2S a", "LCM", "TCD"]
+STOCHASTIC = [
+    "K_EULER_ANCESTRAL",
+    "DPM2 a",
+    "DPM++ 2M SDE",
+    "DPM++ SDE",
+    "DPM++ 2S a",
+    "LCM",
+    "TCD",
+]
 
 
-@pytest.mark.parametrize("name", DRAWING)
-def test_noise_between_steps_is_each_pictures_own(make, name):
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_noise_between_steps_depends_on_each_images_seed(make, name):
     """The second of a batch is as it is alone, with the seed after the first's."""
-    asked = {**ASKED, "scheduler": name, "num_inference_steps": 5, "width": 64, "height": 64}
-    both = make(**asked, num_outputs=2)
-    alone = make(**{**asked, "seed": 6})
+    settings = {**SETTINGS, "scheduler": name, "num_inference_steps": 5, "width": 64, "height": 64}
+    both = make(**settings, num_outputs=2)
+    alone = make(**{**settings, "seed": 6})
     assert (both.latents[1] - alone.latents[0]).abs().max() < 1e-4
     assert (both.latents[0] - both.latents[1]).abs().max() > 0.1
-    assert make(**asked).bytes == make(**asked).bytes
+    assert make(**settings).bytes == make(**settings).bytes
 
 
 def test_stochastic_noise_is_drawn_on_the_cpu_in_fp32():
-    """So that it is the same whatever the device and the precision are."""
+    """It is the same on every device, and that of a request's seeds."""
     drawn = []
-    for dtype in (torch.float32, torch.bfloat16):
-        scheduler = build_scheduler("DPM++ SDE", AUTOMATIC, CONFIG, [3, 4])
-        assert isinstance(scheduler, SeededSDEScheduler)
-        scheduler.set_timesteps(4)
-        sample = torch.ones(2, 4, 8, 8, dtype=dtype)
-        scheduler.step(torch.zeros_like(sample), scheduler.timesteps[0], sample)
+    for device in ("cpu", "meta"):
+        scheduler = build_scheduler("DPM++ SDE", AUTOMATIC, CONFIG)
+        timesteps = select_timesteps(scheduler, 4)
+        initial_latents(scheduler, timesteps, torch.zeros(2, 4, 8, 8, device=device), None, [3, 4])
         levels = scheduler.sigmas[0], scheduler.sigmas[1]
         drawn.append(scheduler.noise_sampler(*levels))
-    assert drawn[1].dtype is torch.bfloat16
-    assert torch.allclose(drawn[0], drawn[1].float(), atol=0.05)
+    sigmas = scheduler.sigmas[scheduler.sigmas > 0]
+    on_cpu = BrownianTreeNoiseSampler(
+        torch.zeros(2, 4, 8, 8), sigmas.min().item(), sigmas.max().item(), [3, 4]
+    )
+    assert torch.equal(drawn[0], on_cpu(*levels))
+    assert [noise.device.type for noise in drawn] == ["cpu", "meta"]
+    assert all(noise.dtype is torch.float32 for noise in drawn)
 
 
-def test_a_spacing_changes_the_picture_and_is_written_down(make):
+def test_a_schedule_type_changes_the_image_and_is_recorded(make):
     made = {
-        kind: make(**ASKED, scheduler="DPM++ 2M", schedule_type=kind, embed_parameters=True)
-        for kind in ScheduleType
+        schedule_type: make(
+            **SETTINGS, scheduler="DPM++ 2M", schedule_type=schedule_type, embed_parameters=True
+        )
+        for schedule_type in ScheduleType
     }
-    pictures = [np.asarray(m.pictures[0]).tobytes() for m in made.values()]
-    assert len(set(pictures)) == len(pictures)
-    assert "Sampler: DPM++ 2M Karras," in made[KARRAS].pictures[0].info["parameters"]
-    assert a1111_name("Euler a", ScheduleType.SGM_UNIFORM) == "Euler a SGM Uniform"
+    images = [m.images[0] for m in made.values()]
+    assert all(max_difference(*pair) > 1 for pair in itertools.combinations(images, 2))
+    assert "Sampler: DPM++ 2M Karras," in made[KARRAS].images[0].info["parameters"]
 
 
-def test_what_is_refused(make):
+def test_invalid_requests_are_rejected(make):
     with pytest.raises(
         InvalidRequest,
         match="schedule_type is karras, and scheduler DDIM has only automatic, sgm_uniform; use",

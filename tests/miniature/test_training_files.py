@@ -1,16 +1,18 @@
 """A training's files draw what the trained model itself drew: here, and in stock diffusers."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file
 from torch import Tensor
 
-from generation.adapters import Adapter, AdapterSlot
-from models.components import TOKENIZERS
+from generation.adapters import Adapter
+from generation.lora import LoraMerger
+from tests.helpers.archives import tar_members
+from tests.miniature.pipeline_components import from_pipeline, to_pipeline
 from tests.miniature.test_training import (
     CPU,
     QUICK,
@@ -62,9 +64,7 @@ def made(request, model, tmp_path_factory) -> Made:
     drawn = []
 
     def generate(components, prompts):
-        tokenizers = {TOKENIZERS[name]: t for name, t in components.tokenizers.items()}
-        parts = {"unet": components.unet, "vae": components.vae, **components.text_encoders}
-        drawn.append(draw({**parts, **tokenizers}, prompts[0]))
+        drawn.append(draw(to_pipeline(components), prompts[0]))
         return []
 
     config = replace(METHODS[request.param], exchange_files=True, preview_prompts=(PROMPT,))
@@ -92,15 +92,15 @@ def stock() -> StableDiffusionXLPipeline:
 
 
 def test_a_prediction_draws_what_the_training_drew(made, stock):
-    parts = dict(stock.components)
-    modules = {name: parts[name] for name in ("unet", "text_encoder", "text_encoder_2")}
-    weights = read_trained(made.files.archive, "replicate_weights", ModelShapes.of(modules))
+    components = from_pipeline(stock)
+    shapes = ModelShapes.of(components.adaptable())
+    weights = read_trained(made.files.archive, "replicate_weights", shapes)
     prompt = replace_trigger_words(PROMPT, weights.trigger_words)
-    slot = AdapterSlot(parts)
+    merger = LoraMerger(components)
     with torch.inference_mode():
-        without = draw(parts, "a red circle on a blue background")
-        with slot.applied([Adapter(weights, 1.0)]) as own:
-            latents = draw({**parts, **own}, prompt)
+        without = draw(stock.components, "a red circle on a blue background")
+        with merger.applied([Adapter(weights, 1.0)]) as tokenizers:
+            latents = draw(to_pipeline(components, tokenizers), prompt)
     tolerance = 5e-2 if weights.parameters else TOLERANCE  # a whole UNet is in fp16
     assert (latents - made.latents).abs().max() < tolerance
     assert (latents - without).abs().max() > 0.1
@@ -130,20 +130,17 @@ def test_stock_diffusers_draws_it_too(made, request):
     assert (latents - made.latents).abs().max() < TOLERANCE
 
 
-def test_diffusers_draws_from_the_archive_s_lora(made, stock, request, tmp_path: Path):
+def test_diffusers_draws_from_the_archive_s_lora(made, stock, request):
     """Its names with "unet." before them: how cog-sdxl's files are loaded elsewhere."""
     if "lora" not in request.node.callspec.params["made"]:
         pytest.skip("for cog-sdxl's format")
-    import tarfile
-
-    with tarfile.open(made.files.archive) as tar:
-        tar.extractall(tmp_path, filter="data")
-    state = {f"unet.{k}": v for k, v in load_file(tmp_path / "lora.safetensors").items()}
-    parts = dict(stock.components)
-    modules = {name: parts[name] for name in ("unet", "text_encoder", "text_encoder_2")}
-    weights = read_trained(made.files.archive, "replicate_weights", ModelShapes.of(modules))
-    with torch.inference_mode(), AdapterSlot(parts).applied([Adapter(weights, 1.0)]):
-        ours = draw(parts, "a red circle")
+    lora = tar_members(made.files.archive)["lora.safetensors"]
+    state = {f"unet.{k}": v for k, v in load_tensors(lora).items()}
+    components = from_pipeline(stock)
+    shapes = ModelShapes.of(components.adaptable())
+    weights = read_trained(made.files.archive, "replicate_weights", shapes)
+    with torch.inference_mode(), LoraMerger(components).applied([Adapter(weights, 1.0)]):
+        ours = draw(stock.components, "a red circle")
     pipeline = load_pipeline(FOLDER)
     pipeline.load_lora_weights(state)
     assert (draw(pipeline.components, "a red circle") - ours).abs().max() < TOLERANCE

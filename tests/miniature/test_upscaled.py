@@ -1,4 +1,4 @@
-"""The upscale input: larger pictures of the same thing, in every mode, and what is refused."""
+"""The upscale input: larger images of the same content, in every mode, and its limits."""
 
 from dataclasses import replace
 
@@ -7,64 +7,63 @@ import pytest
 from imwatermark import WatermarkDecoder
 from PIL import Image
 
-from generation import request
 from generation.base_models import MINIATURE_SDXL, SDXL
 from generation.errors import InvalidRequest
-from generation.resolve import resolve
+from generation.resolve import UPSCALER_FACTOR, resolve
 from generation.sizes import Margins
 from generation.watermark import BITS
 from preprocess import upscale
 from preprocess.images import MAX_IMAGE_PIXELS
-from tests.requests import REQUEST
+from tests.helpers.request import REQUEST
 from weights.miniature import world
 
 QUICK = {"num_inference_steps": 4, "width": 96, "height": 64}
 
 
 def test_the_factor_is_the_models():
-    assert request.UPSCALER_FACTOR == upscale.FACTOR
+    assert UPSCALER_FACTOR == upscale.FACTOR
 
 
 @pytest.mark.parametrize("factor", [2, 4])
-def test_pictures_are_larger_and_the_same(make, factor):
-    asked = {**QUICK, "num_outputs": 2, "embed_parameters": True}
-    plain, large = make(**asked), make(**asked, upscale=str(factor))
-    assert len(large.pictures) == 2
-    for small, big in zip(plain.pictures, large.pictures, strict=True):
+def test_images_are_larger_and_the_same(make, factor):
+    settings = {**QUICK, "num_outputs": 2, "embed_parameters": True}
+    plain, large = make(**settings), make(**settings, upscale=str(factor))
+    assert len(large.images) == 2
+    for small, big in zip(plain.images, large.images, strict=True):
         assert big.size == (96 * factor, 64 * factor)
         shrunk = np.asarray(big.resize(small.size, Image.Resampling.BOX), int)
         assert np.abs(shrunk - np.asarray(small)).mean() < 4
         simple = small.resize(big.size, Image.Resampling.BICUBIC)
-        assert np.abs(np.asarray(simple, int) - np.asarray(big)).max() > 3  # it does more
+        assert np.abs(np.asarray(simple, int) - np.asarray(big)).max() > 3  # it adds detail
     assert large.result.seconds["upscale"] > 0
-    assert large.pictures[0].info["parameters"].count(f"Postprocess upscale by: {factor}") == 1
-    assert make(**asked).bytes == plain.bytes
+    assert large.images[0].info["parameters"].count(f"Postprocess upscale by: {factor}") == 1
+    assert make(**settings).bytes == plain.bytes
 
 
-def test_other_modes_are_enlarged_too(make, tmp_path):
+def test_other_modes_are_upscaled_too(make, tmp_path):
     scene = world.random_scene(np.random.default_rng(3))
     world.render(scene, 64, 64).save(tmp_path / "image.png")
     Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
     image = {"image": tmp_path / "image.png", "num_inference_steps": 3}
-    painted = make(**image, mask=tmp_path / "mask.png", upscale="4")
-    assert painted.pictures[0].size == (256, 256)
+    inpainted = make(**image, mask=tmp_path / "mask.png", upscale="4")
+    assert inpainted.images[0].size == (256, 256)
     wider = make(**image, outpaint=Margins(16, 0, 0, 0), upscale="2")
-    assert wider.pictures[0].size == (160, 128)
+    assert wider.images[0].size == (160, 128)
 
 
-def test_the_watermark_is_on_the_large_picture(make):
-    """Through the stock decoder's own wrapper, which wants 256 x 256 pixels at least."""
+def test_the_watermark_is_on_the_large_image(make):
+    """By the stock decoder's wrapper, which wants 256 x 256 pixels at least."""
     large = make(num_inference_steps=3, upscale="4", apply_watermark=True)
-    bgr = np.ascontiguousarray(np.asarray(large.pictures[0])[..., ::-1])
+    bgr = np.ascontiguousarray(np.asarray(large.images[0])[..., ::-1])
     assert list(WatermarkDecoder("bits", len(BITS)).decode(bgr, "dwtDct")) == list(BITS)
 
 
 @pytest.mark.parametrize("spec", [SDXL, MINIATURE_SDXL])
-def test_all_that_a_model_makes_can_be_enlarged(spec):
+def test_every_size_of_a_model_can_be_upscaled(spec):
     assert spec.max_pixels * upscale.FACTOR**2 <= MAX_IMAGE_PIXELS
 
 
-def test_what_is_refused(tmp_path):
+def test_invalid_requests_are_rejected(tmp_path):
     inpainted = replace(REQUEST, image=tmp_path, mask=tmp_path, upscale="2")
     with pytest.raises(InvalidRequest, match="upscale is 2, and images of 2048x2048 are too la"):
         resolve(inpainted, SDXL, (2048, 2048))

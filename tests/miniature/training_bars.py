@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from generation.adapters import Adapter, AdapterSlot
+from generation.adapters import Adapter
+from generation.lora import LoraMerger
 from tests.miniature import concept
+from tests.miniature.pipeline_components import from_pipeline, to_pipeline
 from training import loop
 from training.config import TRAINABLE_MODELS, Method, Prior, TrainConfig
 from training.dataset import Example
@@ -30,7 +32,6 @@ from weights.trigger_words import replace_trigger_words
 
 PROMPTS, PROMPT_SEED, NOISE_SEED = 16, 77, 100
 SHOWN, SHOWN_BEFORE, DROP = 0.75, 0.1, 0.05  # bars
-PARTS = ("unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 CONFIG = TrainConfig(input_images=Path(), seed=0, verbose=False)
 
 
@@ -51,21 +52,23 @@ class Bench:
 
     def __init__(self) -> None:
         self.pipeline = evaluate.load_pipeline(evaluate.FOLDER)
-        self._slot = AdapterSlot({part: getattr(self.pipeline, part) for part in PARTS})
+        self._components = from_pipeline(self.pipeline)
+        self._merger = LoraMerger(self._components)
 
     def wearing(
         self, weights: TrainedWeights | None
     ) -> AbstractContextManager[Mapping[str, object]]:
         """The model with the weights in it, at full strength."""
-        return self._slot.applied([Adapter(weights, 1.0)] if weights else [])
+        return self._merger.applied([Adapter(weights, 1.0)] if weights else [])
 
     @torch.inference_mode()
     def draw(self, weights: TrainedWeights | None, count: int = PROMPTS) -> list[Image.Image]:
         """Pictures of prompts with the new word."""
         words = weights.trigger_words if weights else {}
         prompts = [replace_trigger_words(p, words) for p in concept.prompts(count, PROMPT_SEED)]
-        with self.wearing(weights) as own:
-            pipeline = type(self.pipeline)(**{**self.pipeline.components, **own})
+        with self.wearing(weights) as tokenizers:
+            extended = to_pipeline(self._components, tokenizers)
+            pipeline = type(self.pipeline)(**{**self.pipeline.components, **extended})
             pipeline.set_progress_bar_config(disable=True)
             pictures: list[Image.Image] = []
             for start in range(0, count, 8):

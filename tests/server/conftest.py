@@ -24,9 +24,10 @@ from typing import TypeVar
 import httpx
 import psutil
 import pytest
-from PIL import Image, ImageChops
+from PIL import Image
 
 from tests import fake_web
+from tests.helpers.comparison import nearly_equal
 from tests.server.internet import Internet, running_internet
 
 ROOT = Path(__file__).parents[2]
@@ -216,14 +217,9 @@ def picture(uri: str) -> Image.Image:
 
 
 def are_alike(first: dict, second: dict) -> bool:
-    """Whether two predictions' pictures are equal, to one step of 255.
-
-    Where memory lies decides in which order some CPU kernels sum (tests/miniature/isolation.py).
-    """
+    """Whether two predictions' pictures are equal, to one step of 255."""
     assert first["status"] == second["status"] == "succeeded", (first, second)
-    pairs = zip(first["output"], second["output"], strict=True)
-    differences = [ImageChops.difference(picture(a), picture(b)) for a, b in pairs]
-    return all(high <= 1 for d in differences for _, high in d.getextrema())
+    return nearly_equal(*([picture(uri) for uri in reply["output"]] for reply in (first, second)))
 
 
 @dataclass(frozen=True)

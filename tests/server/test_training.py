@@ -1,6 +1,7 @@
 """Trainings through Cog's own server, and what predictions make of their archives."""
 
 import base64
+import functools
 import io
 import json
 import tarfile
@@ -9,15 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.archives import zip_bytes
 from tests.miniature import concept
-from tests.packed import zip_bytes
 from tests.server.conftest import CogServer, are_alike, picture, serving
 from weights.miniature.world import Expectation, judge
 
 PROMPT = "a large red TOK on a blue background"
 PICTURES = 4
+TRAININGS = 6  # one after the other
 
 
+@functools.cache
 def archive() -> str:
     """Eight pictures of a shape that the model does not know, with captions, as a data: URL."""
     examples = concept.examples()
@@ -115,3 +118,11 @@ def test_what_is_wrong_is_said_and_nothing_is_left(trainer, inputs, message):
 def left(folder: Path) -> list[Path]:
     """What trainings have left."""
     return list(folder.glob("cog-stable-diffusion-training-*/*"))
+
+
+def test_one_server_runs_training_after_training(trainer):
+    """Cog runs each on another thread, which some libraries bear only if imported before."""
+    for seed in range(TRAININGS):
+        inputs = {"seed": seed, "max_train_steps": 1, "preview_prompts": [PROMPT]}
+        reply = train(trainer, input_images=archive(), **inputs)
+        assert reply["status"] == "succeeded", reply

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.brought_weights import visible_lora, word_archive
 from tests.fake_hub import COMMIT
 from tests.fake_web import OTHER_PUBLIC, PUBLIC, Page
+from tests.helpers.user_weight_fixtures import visible_lora, word_archive
 from tests.server.conftest import CogServer, are_alike, wait_for
 from tests.server.internet import hub_pages
 from tests.weights_corpus import corpus

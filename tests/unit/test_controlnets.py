@@ -11,7 +11,7 @@ from generation.controlnets import CHOICES, CONTROLNETS, ControlRequest, control
 from generation.errors import InvalidRequest
 from generation.resolve import resolve
 from preprocess.annotators import ANNOTATORS
-from tests.requests import NO_CONTROL, REQUEST
+from tests.helpers.request import REQUEST
 from weights.catalog import CATALOG, Edition
 
 FULL = BASE_MODELS[Edition.FULL]
@@ -22,8 +22,7 @@ IMAGE_SIZE = (1024, 768)
 
 
 def plan(*controls: ControlRequest, model=FULL["sdxl"], **changes):
-    asked = (*controls, *[NO_CONTROL] * (3 - len(controls)))
-    request = replace(REQUEST, controls=asked, **changes)
+    request = replace(REQUEST, controls=controls, **changes)
     return resolve(request, model, None, IMAGE_SIZE if controls else None)
 
 
@@ -94,7 +93,7 @@ def test_a_control_that_does_not_count_is_none():
 
 
 def test_controls_keep_their_inputs_names():
-    named = plan(NO_CONTROL, EDGES, replace(EDGES, control_type="tile")).controlnets
+    named = plan(ControlRequest(), EDGES, replace(EDGES, control_type="tile")).controlnets
     assert [control.name for control in named] == ["controlnet_2", "controlnet_3"]
 
 
@@ -128,7 +127,7 @@ def test_an_unknown_control_type_lists_the_known_ones():
 
 
 def test_a_missing_picture():
-    message = refused(NO_CONTROL, replace(EDGES, image=None))
+    message = refused(ControlRequest(), replace(EDGES, image=None))
     assert "controlnet_2 is edge_canny, but controlnet_2_image is missing" in message
     assert "controlnet_2_is_map=true" in message
 

@@ -9,7 +9,6 @@ from PIL import Image
 
 from generation.options import OutputFormat
 from generation.outputs import OutputFolders, save
-from generation.plan import OutputPlan
 
 
 def _noise(seed):
@@ -31,7 +30,7 @@ def server(tmp_path):
 
 def test_pictures_are_saved_losslessly_and_in_order(tmp_path):
     pictures = {number: _noise(number) for number in (0, 1, 3)}
-    paths = save(pictures, tmp_path, OutputPlan(OutputFormat.PNG, 90, None), {})
+    paths = save(pictures, tmp_path, OutputFormat.PNG, 90, {})
     assert [p.name for p in paths] == ["out-0.png", "out-1.png", "out-3.png"]
     for path, picture in zip(paths, pictures.values(), strict=True):
         with Image.open(path) as stored:
@@ -44,7 +43,7 @@ def test_pictures_are_saved_losslessly_and_in_order(tmp_path):
 def test_each_picture_has_its_own_parameters(tmp_path, kind, count):
     pictures = {i: _noise(i) for i in range(count)}
     texts = {i: f"picture {i}" for i in range(count)}
-    paths = save(pictures, tmp_path, OutputPlan(kind, 90, {}), texts)
+    paths = save(pictures, tmp_path, kind, 90, texts)
     assert [p.name for p in paths] == [f"out-{i}.{kind}" for i in range(count)]
     for path, text in zip(paths, texts.values(), strict=True):
         content = path.read_bytes()

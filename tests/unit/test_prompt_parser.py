@@ -1,4 +1,4 @@
-"""What people write about weights, and what is read from it."""
+"""Prompt weights in every syntax, and what the parser makes of them."""
 
 import time
 
@@ -19,7 +19,7 @@ UP, DOWN = 1.1, 1 / 1.1
 
 
 def fragments(prompt: str) -> list[tuple[str, float]]:
-    """Of a prompt that is one segment: text and weight to five digits."""
+    """Return the fragments of a prompt of one segment, with weights to five digits."""
     parsed = parse(prompt)
     (segment,) = parsed.parts
     assert parsed.weights == (1.0,)
@@ -104,7 +104,7 @@ MALFORMED = {  # each taken literally, with a note that says why
 
 
 @pytest.mark.parametrize("prompt", [p for p in MALFORMED if MALFORMED[p][1]])
-def test_what_does_not_fit_is_taken_literally(prompt):
+def test_malformed_syntax_is_taken_literally(prompt):
     text, reason = MALFORMED[prompt]
     parsed = parse(prompt)
     assert parsed.plain == text
@@ -148,7 +148,7 @@ def test_blends():
         ("BREAK a BREAK", ["a"], (1,)),
     ],
 )
-def test_parts_that_are_read_one_after_the_other(prompt, texts, weights):
+def test_conjunctions(prompt, texts, weights):
     parsed = parse(prompt)
     assert ["".join(f.text for f in part) for part in parsed.parts] == texts
     assert parsed.weights == weights
@@ -169,7 +169,7 @@ def test_limits():
     more = many + "[a]"
     assert parse(more).is_plain
     assert parse(more).plain == more
-    assert "weight of 25 segments" in parse(more).notes[0]
+    assert "lowers the weight of 25 segments" in parse(more).notes[0]
     quoted = ", ".join(['"a"'] * (MAX_SEGMENTS + 1))
     assert f"{MAX_SEGMENTS} at most" in parse(f"({quoted}).and()").notes[0]
 
@@ -193,7 +193,7 @@ def test_limits():
     ],
     ids=lambda prompt: prompt[:6],
 )
-def test_long_texts_take_no_longer_than_they_are(prompt):
+def test_parsing_takes_time_in_proportion_to_the_text(prompt):
     began = time.process_time()
     parse(prompt)
     assert time.process_time() - began < 10  # what grew with the square took minutes
@@ -239,7 +239,7 @@ PIECES = st.sampled_from(
 
 @settings(max_examples=300, deadline=None)
 @given(st.one_of(st.text(max_size=60), st.lists(PIECES, max_size=25).map("".join)))
-def test_any_text_is_read(prompt):
+def test_any_text_is_parsed(prompt):
     parsed = parse(prompt)
     assert len(parsed.parts) == len(parsed.weights) >= 1
     for part in parsed.parts:

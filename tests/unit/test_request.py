@@ -25,7 +25,7 @@ from generation.sizes import (
 )
 from inputs import flatten
 from preprocess.images import MAX_IMAGE_PIXELS
-from tests.requests import REQUEST as ANY_REQUEST
+from tests.helpers.request import REQUEST as ANY_REQUEST
 from weights.catalog import Edition
 from weights.errors import InvalidSource
 from weights.user.parse import HubRepository, WebFile
@@ -474,18 +474,18 @@ def stages(request: GenerationRequest, size: tuple[int, int] | None = None):
 
 
 def test_most_requests_have_one_stage():
-    assert stages(REQUEST) == (StagePlan(Mode.TXT2IMG, 1024, 1024, 1.0, 50, is_refined=False),)
+    assert stages(REQUEST) == (StagePlan(Mode.TXT2IMG, (1024, 1024), 1.0, 50, is_refined=False),)
     (img2img,) = stages(replace(IMG2IMG, refine="base_image_refiner"), (1024, 768))
     assert (img2img.mode, img2img.strength, img2img.is_refined) == (Mode.IMG2IMG, 0.8, True)
     (inpaint,) = stages(INPAINT, (300, 200))
-    assert (inpaint.mode, inpaint.size, inpaint.margins) == (Mode.INPAINT, (300, 200), Margins())
+    assert (inpaint.mode, inpaint.size, inpaint.margins) == (Mode.INPAINT, (300, 200), None)
 
 
 def test_hires_is_a_last_stage_and_the_refiners():
     request = replace(REQUEST, hires_fix=1.5, hires_strength=0.4, num_inference_steps=10)
     first, last = stages(replace(request, refine="expert_ensemble_refiner"))
-    assert first == StagePlan(Mode.TXT2IMG, 1024, 1024, 1.0, 10, is_refined=False)
-    assert last == StagePlan(Mode.IMG2IMG, 1536, 1536, 0.4, 10, is_refined=True)
+    assert first == StagePlan(Mode.TXT2IMG, (1024, 1024), 1.0, 10, is_refined=False)
+    assert last == StagePlan(Mode.IMG2IMG, (1536, 1536), 0.4, 10, is_refined=True)
 
 
 @given(

@@ -42,38 +42,15 @@ TEXT = (
 WRITTEN = """\
 def target(
     # script/sync: begin
-    archive: Path = Input(
-        description="An archive",
-    ),
+    archive: Path = Input(description="An archive"),
     size: str = Input(
-        default="large",
-        description="It's a size: 3 | 4",
-        choices=["small", "large"],
+        default="large", description="It's a size: 3 | 4", choices=["small", "large"]
     ),
-    seed: Optional[int] = Input(
-        default=None,
-        description="Seed",
-        ge=0,
-        le=4294967295,
-    ),
-    scale: float = Input(
-        default=-0.5,
-        description="Scale",
-        ge=-1,
-        le=1e-06,
-    ),
-    token: Optional[Secret] = Input(
-        default=None,
-        description="Token",
-    ),
-    names: List[str] = Input(
-        default=["a"],
-        description="Names",
-    ),
-    scales: List[float] = Input(
-        default=[],
-        description="Scales",
-    ),
+    seed: Optional[int] = Input(default=None, description="Seed", ge=0, le=4294967295),
+    scale: float = Input(default=-0.5, description="Scale", ge=-1, le=1e-06),
+    token: Optional[Secret] = Input(default=None, description="Token"),
+    names: List[str] = Input(default=["a"], description="Names"),
+    scales: List[float] = Input(default=[], description="Scales"),
     long: str = Input(
         default="x0",
         description="Long",
@@ -81,10 +58,7 @@ def target(
 LONG
         ],
     ),
-    is_on: bool = Input(
-        default=True,
-        description="On",
-    ),
+    is_on: bool = Input(default=True, description="On"),
     # script/sync: end
 ) -> Path: ...
 """.replace("LONG", "\n".join(f'            "x{k}",' for k in range(20)))

@@ -46,7 +46,7 @@ def test_an_input_appears_everywhere(project, more, capsys):
     assert before == {file: (project / file).read_text() for file in FILES}
     assert sync.main([], project) == 0
     assert capsys.readouterr().out == "".join(f"{file} updated\n" for file in changed)
-    assert "        eta: float = Input(\n" in (project / "predict.py").read_text()
+    assert "        eta: float = Input(" in (project / "predict.py").read_text()
     assert '"title": "Eta"' in (project / "openapi.json").read_text()
     row = "| `eta` | float | `0.5` | 0 to 1 | DDIM's eta. |\n"
     for file in ("README.md", "docs/reference/inputs.md"):

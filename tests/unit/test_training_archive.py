@@ -14,8 +14,8 @@ from preprocess.archive import natural_order, unpacked
 from preprocess.errors import BadArchive, BadCaptions, BadPicture, DiskFull, PreprocessError
 from preprocess.images import read_image
 from preprocess.picture_formats import begins_like_photo, picture_suffixes
+from tests.helpers.archives import gz_bytes, tar_bytes, tar_info, zip_bytes
 from tests.image_corpus import corpus, encode, orientation, plain
-from tests.packed import gz_bytes, tar_bytes, tar_info, zip_bytes
 from tests.photos import LABEL, SIZE, photo, photos, png_header, zipped
 from weights.formats.archive import Member
 

@@ -7,7 +7,7 @@ import pytest
 from preprocess.archive import unpacked
 from preprocess.captions import check_trigger_word, read_captions
 from preprocess.errors import BadCaptions
-from tests.packed import zip_bytes
+from tests.helpers.archives import zip_bytes
 from tests.photos import LABEL, photos
 from weights.trigger_words import has_trigger_word, replace_trigger_words
 

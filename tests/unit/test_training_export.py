@@ -4,7 +4,6 @@ import errno
 import hashlib
 import io
 import json
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +12,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 
+from tests.helpers.archives import tar_members
 from tests.trained_files import (
     change,
     matrices,
@@ -104,21 +104,19 @@ def test_the_archive_is_cog_sdxl_s(tmp_path):
     assert files.archive == tmp_path / "trained_model.tar"
     assert [p.name for p in tmp_path.iterdir()] == ["trained_model.tar"]
     assert files.exchange == ()
-    with tarfile.open(files.archive, "r:") as tar:  # not compressed
-        assert tar.getnames() == ["lora.safetensors", "embeddings.pti", "special_params.json"]
-        tar.extractall(tmp_path / "out", filter="data")
-    lora = load_file(tmp_path / "out" / "lora.safetensors")
+    members = tar_members(files.archive)
+    assert list(members) == ["lora.safetensors", "embeddings.pti", "special_params.json"]
+    lora = load(members["lora.safetensors"])
     processors = model_parts()["unet"].attn_processors
     matrices_ = [f"to_{x}_lora.{y}.weight" for x in ("q", "k", "v", "out") for y in ("down", "up")]
     assert lora.keys() == {f"{name}.{m}" for name in processors for m in matrices_}
     assert {t.shape[0] for k, t in lora.items() if k.endswith("down.weight")} == {RANK}
-    embeddings = load_file(tmp_path / "out" / "embeddings.pti")
+    embeddings = load(members["embeddings.pti"])
     assert {k: tuple(t.shape) for k, t in embeddings.items()} == {
         "text_encoders_0": (2, 64),
         "text_encoders_1": (2, 64),
     }
-    special = json.loads((tmp_path / "out" / "special_params.json").read_text())
-    assert special == {"TOK": "<s0><s1>"}
+    assert json.loads(members["special_params.json"]) == {"TOK": "<s0><s1>"}
     same(read(files.archive), weights)  # alpha is within `up`, pooling in the header
 
 
@@ -167,8 +165,7 @@ def test_a_whole_unet(tmp_path):
     parameters = {f"unet.{k}": v.detach() + 0.25 for k, v in unet.named_parameters()}
     weights = replace(trained_weights({}), parameters=parameters)
     files = write(tmp_path, weights, method=Method.FULL)
-    with tarfile.open(files.archive) as tar:
-        assert tar.getnames()[0] == "unet.safetensors"
+    assert next(iter(tar_members(files.archive))) == "unet.safetensors"
     archive = read(files.archive)
     assert archive.parameters.keys() == parameters.keys()
     assert all(torch.equal(archive.parameters[k], v.half()) for k, v in parameters.items())

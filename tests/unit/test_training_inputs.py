@@ -70,7 +70,7 @@ class Reached(Exception):
 
 
 @pytest.fixture
-def settings(tmp_path, monkeypatch):
+def settings(tmp_path, monkeypatch, cpp_compiler):
     """What train.py makes of inputs, for the trainer and for the photos."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "photos.zip").touch()

@@ -16,8 +16,8 @@ from preprocess.captions import check_trigger_word, read_captions
 from preprocess.crop import centre_of_mass, crop
 from preprocess.errors import PreprocessError
 from preprocess.images import read_image
+from tests.helpers.archives import gz_bytes, tar_bytes, zip_bytes
 from tests.image_corpus import encode, orientation
-from tests.packed import gz_bytes, tar_bytes, zip_bytes
 from tests.photos import LABEL, photo, photos
 from weights.trigger_words import replace_trigger_words
 
