@@ -37,7 +37,7 @@ class Samples:
 
 
 def measure(
-    name: str,
+    workload_name: str,
     workload: Workload,
     sides: Mapping[str, Side],
     runs: int,
@@ -49,19 +49,21 @@ def measure(
     `loras` are those that a workload switches between: each request names another one than the
     request before, and is then repeated with the same.
     """
-    samples = {side: Samples(sides[side].setup_seconds) for side in sides}
+    samples = {name: Samples(side.setup_seconds) for name, side in sides.items()}
+    for side in sides.values():
+        side.setup_seconds = None
     names = list(sides)
     with TemporaryDirectory() as folder:
         for run in range(WARM_UP + runs):
             if run >= WARM_UP + MIN_RUNS and time.monotonic() > end:
                 break
             shift = run % len(names)  # none always follows the same one
-            for side in names[shift:] + names[:shift]:
-                lora = loras[run % len(loras)] if loras else None
-                _run(sides[side], samples[side], workload, run, lora, Path(folder))
+            for side_name in names[shift:] + names[:shift]:
+                side, lora = sides[side_name], loras[run % len(loras)] if loras else None
+                _run(side, samples[side_name], workload, run, lora, Path(folder))
                 if run == WARM_UP - 1:
-                    sides[side].wait_until_warm()
-    return summarise(name, workload, samples)
+                    side.wait_until_warm()
+    return summarise(workload_name, workload, samples)
 
 
 def _run(

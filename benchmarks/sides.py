@@ -53,7 +53,7 @@ class Side(ABC):
 
     def __init__(self) -> None:
         self.stages: dict[str, float] = {}  # seconds of the last request, where they are measured
-        self.setup_seconds: float | None = None  # None if an earlier workload had built it
+        self.setup_seconds: float | None = None  # until they are reported, with one workload
         self.resident_bytes = 0  # of a GPU, that stay allocated between requests
 
     @abstractmethod
@@ -171,13 +171,14 @@ class Sides:
 
     def get(self, name: str, workload: Workload) -> Any:  # noqa: ANN401  of the class in _build
         """Return the side, built if need be, and prepared for the workload."""
-        key, was_built = _key(name, workload), self.has(name, workload)
+        key, is_new = _key(name, workload), not self.has(name, workload)
         bytes_before, began = allocated_bytes(), time.perf_counter()
-        if not was_built:
+        if is_new:
             self._built[key] = self._build(name, workload)
         side = self._built[key]
         side.prepare(workload)
-        side.setup_seconds = None if was_built else time.perf_counter() - began
+        if is_new:
+            side.setup_seconds = time.perf_counter() - began
         side.resident_bytes += allocated_bytes() - bytes_before
         return side
 

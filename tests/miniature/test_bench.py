@@ -172,7 +172,7 @@ def test_cog_sdxl_makes_the_same_image(sides, tmp_path):
     cog: CogSdxl = sides.get(COG_SDXL, FIVE_STEPS)
     with cog.without_watermark():
         (theirs,) = cog.run(FIVE_STEPS, 3, tmp_path)
-    unmarked = Ours.load("sdxl", {**FULL, "apply_watermark": "false"}, tmp_path, sides.loras[0])
+    unmarked = Ours.load("sdxl", {**FULL, "apply_watermark": False}, tmp_path, sides.loras[0])
     unmarked.prepare(FIVE_STEPS)
     (ours,) = unmarked.run(FIVE_STEPS, 3, tmp_path)
     (without,) = sides.get(DIFFUSERS, FIVE_STEPS).run(FIVE_STEPS, 3, tmp_path)
