@@ -113,6 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         if path.startswith("/api/models/"):
             return self._answer_api(path.removeprefix("/api/models/"))
+        if path.startswith("/api/"):  # huggingface_hub asks for more than models
+            return self._send(404, ())
         if path.startswith("/plain/"):
             name = path.removeprefix("/plain/")
             return self._answer_file(name, self.hub.plain.get(name), with_body)

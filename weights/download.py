@@ -114,8 +114,10 @@ def _fetch(
     needed = sum(file.size_bytes or 0 for file in files) - have
     check_disk(folder, needed, f"{label} ({files[0].url} …)")
     if repository is not None and not mirror:
-        paths = [file.path for file in files]
-        hub.download(repository.repo, repository.commit, paths, staging)
+        # What a process that was killed has finished is kept.
+        paths = [file.path for file in files if not file.matches(staging / file.path)]
+        if paths:
+            hub.download(repository.repo, repository.commit, paths, staging)
         for file in files:
             _publish_checked(staging / file.path, file, folder)
         return
