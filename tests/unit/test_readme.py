@@ -54,13 +54,15 @@ def test_the_table_of_trainings_own_values(column, spec):
 def test_the_layout_names_files_that_exist_and_every_file_of_the_core():
     layout = README.split("## Layout")[1].split("```")[1]
     named = set(re.findall(r"[a-z_]+\.(?:py|yaml|md)", layout))
-    folders = [Path(f) for f in ("generation", "training", "preprocess", "weights", "docs")]
+    folders = [
+        Path(f) for f in ("generation", "models", "training", "preprocess", "weights", "docs")
+    ]
     existing = {p.name for folder in folders for p in folder.rglob("*.*")}
     existing |= {p.name for p in Path().glob("*.*")}
     assert named - existing == set()
     core = {
         p.name
-        for folder in ("generation", "training", "preprocess", "weights")
+        for folder in ("generation", "models", "training", "preprocess", "weights")
         for p in Path(folder).glob("[!_]*.py")
     }
     assert core - named == set()
