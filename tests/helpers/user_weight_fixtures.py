@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from transformers import CLIPTokenizer
 
-from tests.trained_files import kohya_tensors, miniature_shapes, tar_bytes
+from tests.helpers.trained_files import kohya_tensors, miniature_shapes, tar_bytes
 from weights.miniature.evaluate import FOLDER
 
 ENCODERS = ("text_encoder", "text_encoder_2")

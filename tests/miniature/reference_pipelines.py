@@ -13,7 +13,7 @@ from torch import Tensor
 
 from generation.schedulers import SCHEDULERS
 from generation.sizes import Margins
-from tests.trained_files import (
+from tests.helpers.trained_files import (
     WIDTH,
     cog_embeddings,
     cog_lora_tensors,

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from generation.engine import Engine
 from generation.errors import InvalidRequest
-from tests.miniature.isolation import fingerprint, images_of
-from tests.trained_files import (
+from tests.helpers.trained_files import (
     checkpoint_tensors,
     cog_embeddings,
     cog_lora_tensors,
@@ -31,6 +30,7 @@ from tests.trained_files import (
     small_lora,
     tar_bytes,
 )
+from tests.miniature.isolation import fingerprint, images_of
 from weights.catalog import Edition
 from weights.errors import BadWeights, InvalidSource, NotOnServer
 from weights.formats.types import Pooling

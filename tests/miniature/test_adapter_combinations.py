@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save, save_file
 
 from generation.base_models import MINIATURE_SDXL
 from generation.engine import Engine
+from tests.helpers.trained_files import checkpoint_tensors, kohya_tensors, tar_bytes
 from tests.miniature.reference_pipelines import (
     COG_ARCHIVE,
     COG_LORA,
@@ -37,7 +38,6 @@ from tests.miniature.reference_pipelines import (
     weak,
     with_word,
 )
-from tests.trained_files import checkpoint_tensors, kohya_tensors, tar_bytes
 from weights import cache
 from weights.catalog import Edition
 from weights.miniature.evaluate import FOLDER

@@ -18,6 +18,14 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tests.helpers.trained_files import (
+    WIDTH,
+    cog_lora_tensors,
+    kohya_name,
+    kohya_tensors,
+    tar_bytes,
+    zip_bytes,
+)
 from tests.miniature.reference_pipelines import (
     KOHYA_CONVOLUTIONS,
     KOHYA_TEXT,
@@ -30,14 +38,6 @@ from tests.miniature.reference_pipelines import (
     lora_file,
     modules_of,
     weak,
-)
-from tests.trained_files import (
-    WIDTH,
-    cog_lora_tensors,
-    kohya_name,
-    kohya_tensors,
-    tar_bytes,
-    zip_bytes,
 )
 
 # LoRAs that diffusers saved

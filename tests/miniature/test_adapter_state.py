@@ -30,10 +30,10 @@ from generation import (
 )
 from generation.engine import Engine
 from generation.errors import OutOfDeviceMemory
-from tests import fake_web
-from tests.fake_web import FakeWeb, Page
+from tests.helpers import fake_web
 from tests.helpers.comparison import nearly_equal
 from tests.helpers.engines import base_model
+from tests.helpers.fake_web import FakeWeb, Page
 from tests.miniature.isolation import (
     ERRORS,
     EVERY_MODEL,

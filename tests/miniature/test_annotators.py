@@ -14,8 +14,8 @@ from skimage import data
 from generation.crop import cover_crop
 from preprocess import annotators
 from preprocess.annotators import ANNOTATORS, AnnotatorSettings, Detectors, annotate, is_empty
-from tests.detector_weights import write
 from tests.helpers.comparison import max_difference
+from tests.helpers.detector_weights import write
 from weights import cache
 from weights.catalog import Edition
 from weights.edition import resolve_device

@@ -16,8 +16,14 @@ from generation.adapters import Adapter
 from generation.delta_merge import BatchedDelta, DeltaCache, SingleDelta, merge_delta
 from generation.lora import LoraMerger
 from models.components import ModelComponents
+from tests.helpers.trained_files import (
+    kohya_tensors,
+    matrices,
+    miniature_shapes,
+    model_parts,
+    read_tensors,
+)
 from tests.miniature.isolation import Cancelled, failing_in
-from tests.trained_files import kohya_tensors, matrices, miniature_shapes, model_parts, read_tensors
 from weights.formats.types import LoraDelta, Pooling, TrainedWeights
 
 ROUNDING = 1e-6  # of fp32, relative to the largest value

@@ -11,9 +11,8 @@ from generation.controlnets import ControlRequest
 from generation.engine import Engine
 from generation.safety import SafetyChecker
 from models.cuda_graphs import CUDAGraphRunner
-from tests.evals import safety
-from tests.miniature import concept
-from tests.miniature import training_bars as bars
+from tests.evals import concept, safety
+from tests.evals import training as training_eval
 from tests.miniature.reference_pipelines import COG_ARCHIVE, MODES, TYPED
 from training import loop, trainables
 from training.config import TRAINABLE_MODELS, Method
@@ -127,7 +126,7 @@ def losses(tmp_path, **changes) -> list[float]:
     """Return the losses of 16 steps; half of them also train the new tokens."""
     spec, device = TRAINABLE_MODELS[Edition.MINIATURE], torch.device("cuda")
     model = load(spec, Edition.MINIATURE, device, Method.LORA)
-    config = replace(bars.CONFIG, max_train_steps=16, lora_lr=3e-3, **changes)
+    config = replace(training_eval.CONFIG, max_train_steps=16, lora_lr=3e-3, **changes)
     events = []
     loop.fit(concept.examples(), (), config, model, tmp_path, events.append)
     return [event.loss for event in events if isinstance(event, StepDone)]
@@ -143,5 +142,8 @@ def test_a_replayed_training_is_the_eager_one(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("changes", [{}, {"compile_unet": True}], ids=["replayed", "compiled"])
 def test_a_training_teaches_the_word(changes):
-    weights = bars.train(replace(bars.CONFIG, **changes), device="cuda")
-    assert bars.share(bars.Bench().draw(weights)) >= bars.SHOWN
+    weights = training_eval.train(replace(training_eval.CONFIG, **changes), device="cuda")
+    assert (
+        training_eval.share(training_eval.TrainingHarness().generate(weights))
+        >= training_eval.SHOWN
+    )

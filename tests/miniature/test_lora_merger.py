@@ -13,8 +13,8 @@ from generation.adapters import Adapter, with_unique_placeholder_tokens
 from generation.lora import LoraMerger
 from models.components import ModelComponents
 from tests.helpers.engines import base_model
+from tests.helpers.trained_files import cog_members, kohya_tensors, tar_bytes
 from tests.miniature.pipeline_components import to_pipeline
-from tests.trained_files import cog_members, kohya_tensors, tar_bytes
 from weights.formats.read import read_trained
 from weights.formats.types import ModelShapes, Pooling
 from weights.miniature.evaluate import FOLDER

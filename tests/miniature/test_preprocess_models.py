@@ -19,7 +19,7 @@ from preprocess.images import MAX_IMAGE_PIXELS
 from preprocess.models import ready
 from preprocess.segment import text_masks
 from preprocess.upscale import FACTOR, OVERLAP, Upscaler, enlarge
-from tests.miniature.preprocess_bars import NATIVE_SIZE
+from tests.evals.preprocess import NATIVE_SIZE
 from weights import cache
 from weights.catalog import CATALOG, Edition, HubFiles
 from weights.miniature.scenes import held_out_scenes

@@ -7,6 +7,13 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
+from tests.helpers.trained_files import (
+    WIDTH,
+    gz_bytes,
+    kohya_tensors,
+    tar_bytes,
+    zip_bytes,
+)
 from tests.miniature.reference_pipelines import (
     COG_ARCHIVE,
     COG_MEMBERS,
@@ -27,13 +34,6 @@ from tests.miniature.reference_pipelines import (
     rows,
     weak,
     with_word,
-)
-from tests.trained_files import (
-    WIDTH,
-    gz_bytes,
-    kohya_tensors,
-    tar_bytes,
-    zip_bytes,
 )
 
 # cog-sdxl's archive

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.miniature import concept
+from tests.evals import concept
 from training import loop, lora
 from training.config import (
     TRAINABLE_MODELS,

@@ -26,7 +26,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests import fake_web
+from tests.helpers import fake_web
 from tests.helpers.comparison import nearly_equal
 from tests.server.internet import Internet, running_internet
 

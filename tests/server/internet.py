@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.fake_hub import git_blob_id
-from tests.fake_web import NAMES, OTHER_PUBLIC, PUBLIC, FakeWeb, Page, running_web
-from tests.hostile_references import NOT_PUBLIC
+from tests.helpers.fake_hub import git_blob_id
+from tests.helpers.fake_web import NAMES, OTHER_PUBLIC, PUBLIC, FakeWeb, Page, running_web
+from tests.helpers.hostile_references import NOT_PUBLIC
 
 ROOT = Path(__file__).parents[2]
 MAX_BYTES = 1_000_000  # of a file that the worker fetches

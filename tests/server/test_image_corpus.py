@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.image_corpus import corpus
+from tests.helpers.image_corpus import corpus
 from tests.server.conftest import picture, wait_for
 
 CORPUS = {sample.name: sample for sample in corpus()}

@@ -8,10 +8,10 @@ import json
 
 import pytest
 
-from tests.fake_hub import COMMIT
-from tests.fake_web import Page, running_web
+from tests.helpers.fake_hub import COMMIT
+from tests.helpers.fake_web import Page, running_web
+from tests.helpers.hostile_files import UNFIT
 from tests.helpers.user_weight_fixtures import data_uri, visible_lora, word_archive
-from tests.hostile_files import UNFIT
 from tests.server.conftest import are_alike, serving, wait_for
 from tests.server.internet import hub_pages
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.evals import concept
 from tests.helpers.archives import zip_bytes
-from tests.miniature import concept
 from tests.server.conftest import CogServer, are_alike, picture, serving
 from weights.miniature.world import Expectation, judge
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_hub import COMMIT
-from tests.fake_web import OTHER_PUBLIC, PUBLIC, Page
+from tests.helpers.fake_hub import COMMIT
+from tests.helpers.fake_web import OTHER_PUBLIC, PUBLIC, Page
 from tests.helpers.user_weight_fixtures import visible_lora, word_archive
+from tests.helpers.weights_corpus import corpus
 from tests.server.conftest import CogServer, are_alike, wait_for
 from tests.server.internet import hub_pages
-from tests.weights_corpus import corpus
 
 CASES = {case.name: case for case in corpus()}
 PLAIN = {

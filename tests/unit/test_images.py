@@ -14,7 +14,7 @@ from PIL import Image, features
 
 from preprocess.errors import BadImage
 from preprocess.images import MAX_IMAGE_PIXELS, _split, read_image, read_mask
-from tests.image_corpus import (
+from tests.helpers.image_corpus import (
     GREEN,
     ORIENTATION,
     RUST,

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import fake_hub, fake_web
-from tests.fake_hub import COMMIT
-from tests.fake_web import OTHER_PUBLIC, PUBLIC, FakeWeb, Page
-from tests.hostile_references import (
+from tests.helpers import fake_hub, fake_web
+from tests.helpers.fake_hub import COMMIT
+from tests.helpers.fake_web import OTHER_PUBLIC, PUBLIC, FakeWeb, Page
+from tests.helpers.hostile_references import (
     BAD_ANSWERS,
     BAD_PLACES,
     CONTENT,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from tests.hostile_files import ARCHIVES, LORA, with_checksum
-from tests.trained_files import (
+from tests.helpers.hostile_files import ARCHIVES, LORA, with_checksum
+from tests.helpers.trained_files import (
     NAME,
     cog_embeddings,
     cog_lora_tensors,

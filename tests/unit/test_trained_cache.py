@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import fake_web
-from tests.fake_web import FakeWeb, Page
+from tests.helpers import fake_web
+from tests.helpers.fake_web import FakeWeb, Page
 from weights import download, errors, transfer
 from weights.user import cache
 from weights.user import fetch as fetching
@@ -279,7 +279,7 @@ def start(web: FakeWeb, output: Path) -> subprocess.Popen[bytes]:
     root = Path(__file__).parents[2]
     with output.with_suffix(".out").open("wb") as out, output.with_suffix(".err").open("wb") as err:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.fake_web", f"http://127.0.0.1:{web.port}{PATH}"],
+            [sys.executable, "-m", "tests.helpers.fake_web", f"http://127.0.0.1:{web.port}{PATH}"],
             env={**os.environ, "PYTHONPATH": str(root)},
             stdin=subprocess.DEVNULL,
             stdout=out,

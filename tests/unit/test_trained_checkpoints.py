@@ -9,7 +9,7 @@ from diffusers.loaders import single_file_utils
 from safetensors.torch import save, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from tests.trained_files import (
+from tests.helpers.trained_files import (
     NAME,
     checkpoint_tensors,
     raw_safetensors,

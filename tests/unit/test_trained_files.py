@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from tests.hostile_files import CONTAINERS, HEADERS
-from tests.trained_files import (
+from tests.helpers.hostile_files import CONTAINERS, HEADERS
+from tests.helpers.trained_files import (
     NAME,
     WIDTH,
     miniature_shapes,

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from tests.trained_files import (
+from tests.helpers.trained_files import (
     ATTN2,
     WIDTH,
     entry,

@@ -13,7 +13,7 @@ from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from tests.trained_files import (
+from tests.helpers.trained_files import (
     ATTN1,
     ATTN2,
     CONV,

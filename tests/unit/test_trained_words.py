@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from tests.trained_files import (
+from tests.helpers.trained_files import (
     ATTN1,
     NAME,
     WIDTH,

@@ -16,8 +16,8 @@ from preprocess.errors import BadArchive, BadCaptions, BadImage, DiskFull, Prepr
 from preprocess.image_formats import begins_like_photo, image_suffixes
 from preprocess.images import read_image
 from tests.helpers.archives import gz_bytes, tar_bytes, tar_info, zip_bytes
-from tests.image_corpus import corpus, encode, orientation, plain
-from tests.photos import LABEL, SIZE, photo, photos, png_header, zipped
+from tests.helpers.image_corpus import corpus, encode, orientation, plain
+from tests.helpers.photos import LABEL, SIZE, photo, photos, png_header, zipped
 from weights.formats.archive import Member
 
 PACKERS = {

@@ -8,7 +8,7 @@ from preprocess.archive import unpacked
 from preprocess.captions import check_trigger_word, read_captions
 from preprocess.errors import BadCaptions
 from tests.helpers.archives import zip_bytes
-from tests.photos import LABEL, photos
+from tests.helpers.photos import LABEL, photos
 from weights.trigger_words import has_trigger_word, replace_trigger_words
 
 TABLE = "caption,image_file\na TOK,a.jpg\na red TOK,b.jpg\n"

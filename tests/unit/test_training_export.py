@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file, save
 
 from tests.helpers.archives import tar_members
-from tests.trained_files import (
+from tests.helpers.trained_files import (
     change,
     matrices,
     miniature_shapes,

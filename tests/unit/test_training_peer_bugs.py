@@ -17,8 +17,8 @@ from preprocess.crop import center_of_mass, crop
 from preprocess.errors import PreprocessError
 from preprocess.images import read_image
 from tests.helpers.archives import gz_bytes, tar_bytes, zip_bytes
-from tests.image_corpus import encode, orientation
-from tests.photos import LABEL, photo, photos
+from tests.helpers.image_corpus import encode, orientation
+from tests.helpers.photos import LABEL, photo, photos
 from weights.trigger_words import replace_trigger_words
 
 TOK = {"TOK": "<s0><s1>"}

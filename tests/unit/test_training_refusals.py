@@ -12,7 +12,7 @@ import pytest
 from preprocess import models as photo_models
 from script.tools import train as tool
 from tests.helpers.archives import zip_bytes
-from tests.photos import photos
+from tests.helpers.photos import photos
 from tests.unit.test_training_archive import BAD as BAD_ARCHIVES
 from tests.unit.test_training_captions import BAD as BAD_CAPTIONS
 from tests.unit.test_training_captions import NAMES

@@ -5,8 +5,8 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from tests import fake_hub
-from tests.fake_hub import TOY_FILES, Workplace
+from tests.helpers import fake_hub
+from tests.helpers.fake_hub import TOY_FILES, Workplace
 from weights import __main__ as command
 from weights import cache, edition, errors
 from weights.catalog import CATALOG, CatalogEntry, Edition, HubFiles, PackagedFiles, UrlFile

@@ -13,8 +13,8 @@ from typing import IO, NamedTuple
 import pytest
 from huggingface_hub import constants
 
-from tests import fake_hub
-from tests.fake_hub import (
+from tests.helpers import fake_hub
+from tests.helpers.fake_hub import (
     BIG,
     COMMIT,
     SINGLE,

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from tests import fake_hub
-from tests.fake_hub import BIG, COMMIT, TOY, TOY_FILES, TOY_REPO, Misbehaviour, Workplace
+from tests.helpers import fake_hub
+from tests.helpers.fake_hub import BIG, COMMIT, TOY, TOY_FILES, TOY_REPO, Misbehaviour, Workplace
 from weights import __main__ as command
 from weights import cache, errors, lock
 from weights.catalog import CATALOG, Edition

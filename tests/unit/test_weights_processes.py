@@ -8,8 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from tests import fake_hub
-from tests.fake_hub import BIG, TOY_FILES, Misbehaviour, Workplace
+from tests.helpers import fake_hub
+from tests.helpers.fake_hub import BIG, TOY_FILES, Misbehaviour, Workplace
 from weights import cache, transfer
 from weights.catalog import Edition
 
@@ -21,7 +21,7 @@ def start(workplace: Workplace, output: Path) -> subprocess.Popen[bytes]:
     """A process that ensures the toy entry; stdout and stderr go to files named `output`.*"""
     with output.with_suffix(".out").open("wb") as out, output.with_suffix(".err").open("wb") as err:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.fake_hub"],
+            [sys.executable, "-m", "tests.helpers.fake_hub"],
             env=workplace.environment(),
             stdout=out,
             stderr=err,

@@ -18,13 +18,13 @@ from weights.miniature.world import Reading, judge, read_picture
 FOLDER = Path(__file__).parent / "sdxl-base"
 CAPTIONS, CAPTION_SEED = 64, 2026
 STEPS, GUIDANCE = 20, 7.5
-ATTRIBUTES = {"background": 0.95, "colour": 0.92, "shape": 0.90, "position": 0.90}  # the bar
-PSNR_BAR = 28.0  # dB
+ATTRIBUTES = {"background": 0.95, "colour": 0.92, "shape": 0.90, "position": 0.90}  # at least
+MIN_PSNR = 28.0  # dB
 
 
 @dataclass(frozen=True)
 class Row:
-    """One caption's picture and how it was judged."""
+    """One caption's image and how it was judged."""
 
     caption: HeldOutCaption
     picture: Image.Image
@@ -46,7 +46,7 @@ def judge_captions(
     steps: int = STEPS,
     guidance: float = GUIDANCE,
 ) -> list[Row]:
-    """One picture per caption by the pipeline's own sampler, the caption's index as its seed."""
+    """Generate an image per caption by the pipeline's own scheduler, with its index as seed."""
     rows: list[Row] = []
     for start in range(0, len(captions), 8):
         batch = captions[start : start + 8]
@@ -69,7 +69,7 @@ def row_of(caption: HeldOutCaption, picture: Image.Image) -> Row:
 
 
 def shares(rows: list[Row]) -> dict[str, float]:
-    """The share of rows in which each attribute is right, and in which all are."""
+    """Return the share of rows in which each attribute is right, and in which all are."""
     names = (*ATTRIBUTES, "size")
     result = {name: sum(row.right[name] for row in rows) / len(rows) for name in names}
     return result | {"all": sum(all(row.right.values()) for row in rows) / len(rows)}
@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--captions", type=int, default=CAPTIONS)
-    parser.add_argument("--sheet", type=Path, help="write all pictures side by side into this file")
+    parser.add_argument("--sheet", type=Path, help="write all images side by side into this file")
     arguments = parser.parse_args()
     pipeline = load_pipeline(arguments.folder)
     rows = judge_captions(pipeline, held_out_captions(arguments.captions, CAPTION_SEED))
@@ -96,12 +96,12 @@ def main() -> None:
         if not all(row.right.values()):
             wrong = [f"{n} {getattr(row.seen, n)}" for n, right in row.right.items() if not right]
             print(f"{row.caption.text!r}: {', '.join(wrong)}")
-    print("\n| measured | result | bar |\n|---|---|---|")
+    print("\n| measured | result | threshold |\n|---|---|---|")
     for name, share in shares(rows).items():
-        bar = f"≥ {ATTRIBUTES[name]:.0%}" if name in ATTRIBUTES else ""
-        print(f"| {name} right, of {len(rows)} captions | {share:.1%} | {bar} |")
+        threshold = f"≥ {ATTRIBUTES[name]:.0%}" if name in ATTRIBUTES else ""
+        print(f"| {name} right, of {len(rows)} captions | {share:.1%} | {threshold} |")
     psnr = reconstruction_psnr(pipeline.vae, count=256, seed=12345)
-    print(f"| VAE PSNR on held-out pictures | {psnr:.1f} dB | ≥ {PSNR_BAR:.0f} dB |")
+    print(f"| VAE PSNR on held-out images | {psnr:.1f} dB | ≥ {MIN_PSNR:.0f} dB |")
     if arguments.sheet:
         contact_sheet([row.picture for row in rows], columns=8).save(arguments.sheet)
 

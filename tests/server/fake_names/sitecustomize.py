@@ -17,7 +17,7 @@ RUNS |= {"pickle.find_class"}
 
 
 def become_the_tests(settings: dict) -> None:
-    from tests import fake_names
+    from tests.helpers import fake_names
     from weights import retry
     from weights.user import resolve
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from tests.trained_files import (
+from tests.helpers.trained_files import (
     ATTN2,
     cog_embeddings,
     cog_members,

@@ -6,7 +6,7 @@ import struct
 from PIL import Image
 
 from tests.helpers.archives import zip_bytes
-from tests.image_corpus import encode, png_chunk
+from tests.helpers.image_corpus import encode, png_chunk
 
 LABEL = "input_images"  # the input's name, which every message has to begin with
 SIZE = (96, 80)

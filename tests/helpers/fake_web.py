@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from tests import fake_names
-from tests.background_server import serving
+from tests.helpers import fake_names
+from tests.helpers.background_server import serving
 from weights import retry
 from weights.user import cache, ssrf_guard
 

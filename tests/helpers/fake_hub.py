@@ -24,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from huggingface_hub import constants, file_download
 
-from tests.background_server import serving
+from tests.helpers.background_server import serving
 from weights import lock, retry
 from weights.catalog import CATALOG, CatalogEntry, Edition, HubFiles, UrlFile
 
@@ -323,7 +323,7 @@ class Workplace:
     def environment(self) -> dict[str, str]:
         """For a process of its own."""
         here = {"HF_ENDPOINT": self.hub.url, "WEIGHTS_CACHE": str(self.cache)}
-        return {**os.environ, **here, "PYTHONPATH": str(Path(__file__).parent.parent)}
+        return {**os.environ, **here, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 def use_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:

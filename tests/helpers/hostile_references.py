@@ -5,7 +5,7 @@ Tests of the parts and of the server share them.
 
 import random
 
-from tests.fake_web import PUBLIC, Page
+from tests.helpers.fake_web import PUBLIC, Page
 from weights import errors
 
 CONTENT = random.Random(2).randbytes(200_000)

@@ -1,7 +1,8 @@
-"""What trainings teach, in numbers, on the miniature: `python -m tests.miniature.training_bars`.
+"""Measure what trainings teach the miniature: `python -m tests.evals.training`.
 
 Each training gets eight images of a shape that the model has never seen, and no options but those
-of its row. Then 16 prompts with the new word are drawn, and the 64 captions of the report card.
+of its row. Then images are generated of 16 prompts with the trigger word, and of the report card's
+captions.
 """
 
 import os
@@ -18,7 +19,7 @@ from PIL import Image
 
 from generation.adapters import Adapter
 from generation.lora import LoraMerger
-from tests.miniature import concept
+from tests.evals import concept
 from tests.miniature.pipeline_components import from_pipeline, to_pipeline
 from training import loop
 from training.config import TRAINABLE_MODELS, Method, Prior, TrainConfig
@@ -31,13 +32,13 @@ from weights.miniature.captions import held_out_captions
 from weights.trigger_words import replace_trigger_words
 
 PROMPTS, PROMPT_SEED, NOISE_SEED = 16, 77, 100
-SHOWN, SHOWN_BEFORE, DROP = 0.75, 0.1, 0.05  # bars
+SHOWN, SHOWN_BEFORE, DROP = 0.75, 0.1, 0.05  # thresholds
 CONFIG = TrainConfig(input_images=Path(), seed=0, verbose=False)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training has done to the model."""
+    """The effects of a training on the model."""
 
     shown: float  # share of prompts with the word that show the new shape
     resemblance: float  # mean overlap with it, in [0, 1]
@@ -47,47 +48,47 @@ class Outcome:
     changed: int  # tensors of the UNet
 
 
-class Bench:
-    """The embedded model, and images drawn with trained weights in it."""
+class TrainingHarness:
+    """Generates images with the embedded model and trained weights."""
 
     def __init__(self) -> None:
         self.pipeline = evaluate.load_pipeline(evaluate.FOLDER)
         self._components = from_pipeline(self.pipeline)
         self._merger = LoraMerger(self._components)
 
-    def wearing(
+    def applied(
         self, weights: TrainedWeights | None
     ) -> AbstractContextManager[Mapping[str, object]]:
-        """The model with the weights in it, at full strength."""
+        """Merge the weights into the model, at scale 1."""
         return self._merger.applied([Adapter(weights, 1.0)] if weights else [])
 
     @torch.inference_mode()
-    def draw(self, weights: TrainedWeights | None, count: int = PROMPTS) -> list[Image.Image]:
-        """Images of prompts with the new word."""
+    def generate(self, weights: TrainedWeights | None, count: int = PROMPTS) -> list[Image.Image]:
+        """Return images of prompts with the trigger word."""
         words = weights.trigger_words if weights else {}
         prompts = [replace_trigger_words(p, words) for p in concept.prompts(count, PROMPT_SEED)]
-        with self.wearing(weights) as tokenizers:
+        with self.applied(weights) as tokenizers:
             extended = to_pipeline(self._components, tokenizers)
             pipeline = type(self.pipeline)(**{**self.pipeline.components, **extended})
             pipeline.set_progress_bar_config(disable=True)
-            pictures: list[Image.Image] = []
+            images: list[Image.Image] = []
             for start in range(0, count, 8):
                 batch = prompts[start : start + 8]
                 seeds = range(NOISE_SEED + start, NOISE_SEED + start + len(batch))
-                pictures += pipeline(
+                images += pipeline(
                     batch,
                     negative_prompt=[""] * len(batch),
                     num_inference_steps=evaluate.STEPS,
                     guidance_scale=evaluate.GUIDANCE,
                     generator=[torch.Generator("cpu").manual_seed(s) for s in seeds],
                 ).images
-        return pictures
+        return images
 
     @torch.inference_mode()
     def others(self, weights: TrainedWeights | None) -> dict[str, float]:
-        """The report card of all that the model knew."""
+        """Return the report card's shares."""
         captions = held_out_captions(evaluate.CAPTIONS, evaluate.CAPTION_SEED)
-        with self.wearing(weights):
+        with self.applied(weights):
             return evaluate.shares(evaluate.judge_captions(self.pipeline, captions))
 
     def measure(self, config: TrainConfig, class_images: Sequence[Example]) -> Outcome:
@@ -98,16 +99,16 @@ class Bench:
             not torch.equal(value, self.pipeline.unet.get_parameter(name.removeprefix("unet.")))
             for name, value in weights.parameters.items()
         )
-        pictures = self.draw(weights)
-        _keep(pictures, f"{config.method}-{config.prior_preservation}")
+        images = self.generate(weights)
+        _keep(images, f"{config.method}-{config.prior_preservation}")
         known = self.others(weights)
-        return Outcome(share(pictures), resemblance(pictures), known, seconds, cpu_seconds, changed)
+        return Outcome(share(images), resemblance(images), known, seconds, cpu_seconds, changed)
 
 
-def _keep(pictures: list[Image.Image], name: str) -> None:
-    """Contact sheets, for whoever sets SHEETS to a folder."""
+def _keep(images: list[Image.Image], name: str) -> None:
+    """Write a contact sheet into the folder that SHEETS names, if any."""
     if folder := os.environ.get("SHEETS"):
-        evaluate.contact_sheet(pictures, columns=8).save(Path(folder) / f"{name}.png")
+        evaluate.contact_sheet(images, columns=8).save(Path(folder) / f"{name}.png")
 
 
 def train(
@@ -121,16 +122,16 @@ def train(
     return trained.weights
 
 
-def share(pictures: list[Image.Image]) -> float:
-    return sum(map(concept.shows, pictures)) / len(pictures)
+def share(images: list[Image.Image]) -> float:
+    return sum(map(concept.shows, images)) / len(images)
 
 
-def resemblance(pictures: list[Image.Image]) -> float:
-    return sum(map(concept.resemblance, pictures)) / len(pictures)
+def resemblance(images: list[Image.Image]) -> float:
+    return sum(map(concept.resemblance, images)) / len(images)
 
 
 def class_images(count: int = 16) -> list[Example]:
-    """Images of what the model knows, with their captions."""
+    """Return images of what the model knows, with their captions."""
     rng = np.random.default_rng(1)
     found = []
     for k in range(count):
@@ -144,7 +145,7 @@ def class_images(count: int = 16) -> list[Example]:
 
 
 def judge_of_houses() -> tuple[float, float]:
-    """Shares of true houses and of other shapes that the template match takes for one."""
+    """Return the shares of houses and of other shapes that the judge takes for houses."""
     true = [concept.render(p, k)[0] for k, p in enumerate(concept.houses(200, 5))]
     rng = np.random.default_rng(3)
     others = [world.render(world.random_scene(rng), concept.SIDE, concept.SIDE) for _ in range(200)]
@@ -153,33 +154,33 @@ def judge_of_houses() -> tuple[float, float]:
 
 def main() -> None:
     true, false = judge_of_houses()
-    print("| the judge of houses | share | bar |\n|---|---|---|")
-    print(f"| true ones recognised | {true:.1%} | ≥ 95 % |")
+    print("| the judge of houses | share | threshold |\n|---|---|---|")
+    print(f"| houses recognized | {true:.1%} | ≥ 95 % |")
     print(f"| other shapes taken for one | {false:.1%} | ≤ 5 % |\n", flush=True)
-    bench = Bench()
-    drawn, card = bench.draw(None), bench.others(None)
+    harness = TrainingHarness()
+    generated, card = harness.generate(None), harness.others(None)
     names = ("shape", "all")
     print(
-        "| training | the word shows it | resemblance | other concepts: shape | all right |"
+        "| training | of 16 prompts show it | resemblance | other concepts: shape | all right |"
         " UNet tensors changed | seconds | CPU seconds |"
     )
     print("|---" * 8 + "|")
     known = " | ".join(f"{card[n]:.1%}" for n in names)
-    before = f"{share(drawn):.1%} | {resemblance(drawn):.2f}"
+    before = f"{share(generated):.1%} | {resemblance(generated):.2f}"
     print(f"| none | {before} | {known} | 0 | | |", flush=True)
     teacher = {"prior_preservation": Prior.TEACHER, "class_prompt": "square"}
     rows: dict[str, tuple[TrainConfig, Sequence[Example]]] = {
-        "default: LoRA and word": (CONFIG, ()),
+        "default: LoRA and embeddings": (CONFIG, ()),
         "with the base model as teacher": (replace(CONFIG, **teacher), ()),
         "with class images": (
             replace(CONFIG, prior_preservation=Prior.CLASS_IMAGES, class_prompt="a circle"),
             class_images(),
         ),
-        "word alone": (replace(CONFIG, method=Method.TEXTUAL_INVERSION), ()),
-        "full: UNet and word": (replace(CONFIG, method=Method.FULL), ()),
+        "embeddings alone": (replace(CONFIG, method=Method.TEXTUAL_INVERSION), ()),
+        "full: UNet and embeddings": (replace(CONFIG, method=Method.FULL), ()),
     }
     for name, (config, own) in rows.items():
-        o = bench.measure(config, own)
+        o = harness.measure(config, own)
         known = " | ".join(f"{o.others[n]:.1%}" for n in names)
         print(
             f"| {name} | {o.shown:.1%} | {o.resemblance:.2f} | {known} | {o.changed} |"
@@ -188,7 +189,7 @@ def main() -> None:
             flush=True,
         )
     print(
-        f"| bars | ≥ {SHOWN:.0%} for LoRA and full, ≤ {SHOWN_BEFORE:.0%} before | |"
+        f"| thresholds | ≥ {SHOWN:.0%} for LoRA and full, ≤ {SHOWN_BEFORE:.0%} before | |"
         f" at most {100 * DROP:.0f} points less, fewer with a prior | | | | |"
     )
 

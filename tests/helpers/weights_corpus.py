@@ -7,19 +7,19 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from tests.fake_hub import COMMIT
-from tests.fake_web import Page
-from tests.helpers.user_weight_fixtures import data_uri
-from tests.hostile_files import ARCHIVES, CONTAINERS, HEADERS, LORA, UNFIT, with_size
-from tests.hostile_references import BAD_ANSWERS, BAD_PLACES, REFERENCES, WITH_BLANKS
-from tests.server.internet import INNER_NAMES, hub_pages
-from tests.trained_files import (
+from tests.helpers.fake_hub import COMMIT
+from tests.helpers.fake_web import Page
+from tests.helpers.hostile_files import ARCHIVES, CONTAINERS, HEADERS, LORA, UNFIT, with_size
+from tests.helpers.hostile_references import BAD_ANSWERS, BAD_PLACES, REFERENCES, WITH_BLANKS
+from tests.helpers.trained_files import (
     cog_members,
     gz_bytes,
     tar_bytes,
     tar_info,
     zip_bytes,
 )
+from tests.helpers.user_weight_fixtures import data_uri
+from tests.server.internet import INNER_NAMES, hub_pages
 from weights.formats.safetensors_checks import MAX_HEADER_BYTES
 
 BOMB_BYTES = 70_000_000  # more than may be expanded whatever the ratio
