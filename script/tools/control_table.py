@@ -5,28 +5,28 @@ from generation.controlnets import CONTROLNETS, UNION, ControlNetSpec
 from preprocess.annotators import ANNOTATORS
 from weights.catalog import Edition, HubFiles, get_entry
 
-_PICTURE = "the picture itself"
+_IMAGE = "the image itself"
 
 
 def control_table() -> str:
-    """A Markdown table with one row per kind of control, as it is published."""
+    """Return a Markdown table with a row per control type, as it is published."""
     rows: list[tuple[str, ...]] = [
         ("`controlnet_1`", "Keeps", "Map made by", *BaseModel),
         ("---",) * 6,
     ]
-    rows += [_row(kind) for kind in CONTROLNETS.values()]
+    rows += [_row(spec) for spec in CONTROLNETS.values()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _row(kind: ControlNetSpec) -> tuple[str, ...]:
-    nets = [_net(kind.weights.get(lineage)) for lineage in BaseModel]
-    return (f"`{kind.name}`", kind.description, _maker(kind), *nets)
+def _row(spec: ControlNetSpec) -> tuple[str, ...]:
+    networks = [_network(spec.weights.get(base_model)) for base_model in BaseModel]
+    return (f"`{spec.name}`", spec.description, _annotator(spec), *networks)
 
 
-def _maker(kind: ControlNetSpec) -> str:
-    if kind.annotator is None:
-        return _PICTURE
-    entry = ANNOTATORS[kind.annotator].weights
+def _annotator(spec: ControlNetSpec) -> str:
+    if spec.annotator is None:
+        return _IMAGE
+    entry = ANNOTATORS[spec.annotator].weights
     if entry is None:
         return "OpenCV"
     found = get_entry(entry, Edition.FULL)
@@ -34,7 +34,7 @@ def _maker(kind: ControlNetSpec) -> str:
     return name if found.commercial_use else f"{name} (not for commercial use)"
 
 
-def _net(entry: str | None) -> str:
+def _network(entry: str | None) -> str:
     if entry is None:
         return "none"
     if entry == UNION:
