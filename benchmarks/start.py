@@ -57,10 +57,12 @@ def start(side: str, inputs: dict[str, Any], folder: Path) -> Seconds:
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     began = time.perf_counter()
     seconds = {}
-    with (folder / "errors.txt").open("w+") as errors:
-        process = subprocess.Popen(
+    with (
+        (folder / "errors.txt").open("w+") as errors,
+        subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, env=variables, cwd=folder
-        )
+        ) as process,
+    ):
         assert process.stdout is not None
         for line in process.stdout:
             if line.strip() in (LOADED, GENERATED):

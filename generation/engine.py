@@ -39,12 +39,12 @@ from weights.user.parse import Source, Tokens, parse_operator_source
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """The files of a request, and what it took."""
+    """The files that a request produced, its plan, and its cost."""
 
     files: tuple[Path, ...]
     plan: GenerationPlan
     seconds: dict[str, float]  # wall time by part
-    peak_memory: int  # bytes: of the request on a GPU, of the process so far elsewhere
+    peak_memory: int  # bytes: the request's on a GPU; on a CPU, the process's since its start
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class RequestModels:
     refiner: LoadedModel | None
     controlnets: Mapping[str, LoadedControlNet]  # by catalog entry
     adapters: AdapterManager
-    model_adapters: Sequence[Adapter]  # those that make the weights this model
+    model_adapters: Sequence[Adapter]  # a LoRA that belongs to the model, such as LCM's
 
 
 class Engine:
@@ -71,7 +71,10 @@ class Engine:
         budget: int | None = None,
         compiles: bool = False,
     ) -> None:
-        """`model` is that of requests that name none; see `ModelCache` for the others."""
+        """Create an engine; nothing is loaded yet.
+
+        `model` serves requests that name none. `budget` and `compiles` are `ModelCache`'s.
+        """
         self.device = torch.device(device)
         # fp16 keeps more of the published weights' precision than bf16 at the same speed; CPUs are
         # faster in fp32 than in either.
@@ -79,9 +82,11 @@ class Engine:
         self._edition = edition
         self._specs = BASE_MODELS[edition]
         self._default = model
-        self._models = models or ModelCache(edition, self.device, self.dtype, budget, compiles)
+        if models is None:
+            models = ModelCache(edition, self.device, self.dtype, budget, compiles)
+        self._models = models
         self._adapters: WeakKeyDictionary[LoadedModel, AdapterManager] = WeakKeyDictionary()
-        # For the default model, and those that are made of the same weights.
+        # Merged into the default model, and into all models made of the same weights.
         self._operator_weights: tuple[Source, Tokens] | None = None
         self._prompts = PromptEncoder()
         self._postprocessor = PostProcessor(edition, device, self.dtype)
@@ -91,14 +96,15 @@ class Engine:
     def load(self, weights: str | None = None, models: Sequence[str] = ()) -> None:
         """Load models (the default one if none is named) and the safety checker.
 
-        Also the operator's `weights` into the default model: a path or anything that a request may
-        name; HF_TOKEN and CIVITAI_API_TOKEN are used for them. Raises a WeightsError.
+        The operator's `weights`, a path or anything that a request may name, are loaded with the
+        default model; HF_TOKEN and CIVITAI_API_TOKEN are used for them. Raises a WeightsError.
         """
         source = parse_operator_source(weights) if weights else None
         if source is not None:
-            hub, civitai = (os.environ.get(f"{n}_TOKEN") for n in ("HF", "CIVITAI_API"))
+            hub, civitai = os.environ.get("HF_TOKEN"), os.environ.get("CIVITAI_API_TOKEN")
             self._operator_weights = source, Tokens(hub or None, civitai or None)
-            self._models.drop(self._spec(None).weights)  # it may share networks; it will change
+            # The default model may share networks with others, and these weights would change them.
+            self._models.drop(self._spec(None).weights)
         for name in models or (self._default,):
             self._load_base(self._spec(name))
         self._postprocessor.load_safety_checker()
@@ -108,8 +114,8 @@ class Engine:
         """Generate images and write them into `folder`.
 
         Raises:
-            InvalidRequest: before any model is loaded or changed.
-            BadImage: the same, for an input image.
+            InvalidRequest: a rule is broken; no model was loaded or changed.
+            BadImage: an input image cannot be read; no model was loaded or changed.
             WeightsError: trained weights cannot be downloaded or used; nothing is changed.
             UnsafeImages: the safety checker rejected all of them.
             OutOfDeviceMemory: the models stay loaded and intact.
@@ -127,9 +133,10 @@ class Engine:
             models = self._load(spec, plan)
         with timings.measure("weights"):
             adapters = models.adapters.read(plan.weights, plan.tokens)
-        merged = models.adapters.applied(adapters, models.model_adapters)
+        # In place while the block runs, then restored exactly, on errors and cancellation too.
+        merge = models.adapters.applied(adapters, models.model_adapters)
         maps: dict[str, Image.Image] = {}
-        with self._explain_out_of_memory(plan), timings.wrap("weights", merged) as tokenizers:
+        with self._explain_out_of_memory(plan), timings.wrap("weights", merge) as tokenizers:
             sampler = self._stage_sampler(spec, plan, models, adapters, tokenizers, timings)
             for number, stage in enumerate(plan.stages):
                 if number > 0 and not stage.margins and stage.size != images[0].size:
@@ -137,12 +144,12 @@ class Engine:
                         new / old for new, old in zip(stage.size, images[0].size, strict=True)
                     )
                     images = self._postprocessor.upscale(images, factor, request.upscaler, timings)
-                start = prepare_stage(stage, plan, spec, images, mask)
+                stage_input = prepare_stage(stage, plan, spec, images, mask)
                 if plan.controlnets:
-                    maps = self._control_maps(plan, controls, start.region, timings)
-                latents = sampler.sample(stage, start, maps)
+                    maps = self._control_maps(plan, controls, stage_input.region, timings)
+                latents = sampler.sample(stage, stage_input, maps)
                 with timings.measure("decode"):
-                    images = start.merge(decode_latents(models.base, latents))
+                    images = stage_input.merge(decode_latents(models.base, latents))
         with self._explain_out_of_memory(plan):
             processed = self._postprocessor.process(images, request, timings)
         with timings.measure("save"):
@@ -181,7 +188,8 @@ class Engine:
         self, spec: BaseModelSpec
     ) -> tuple[LoadedModel, AdapterManager, Sequence[Adapter]]:
         """Load a base model, with the operator's weights, and the LoRA that is a part of it."""
-        # Models share networks: what a cancelled request left in one would count as original.
+        # A cancelled request may have left its adapters in a network that several models share:
+        # restore it before another model takes its values for the original ones.
         for manager in self._adapters.values():
             manager.recover()
         is_default = spec.weights == self._specs[self._default].weights

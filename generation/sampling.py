@@ -1,8 +1,8 @@
 """The sampling loop: timesteps, denoising with guidance, inpainting's known latents.
 
 Latents and the scheduler's arithmetic are fp32; only the UNet's input is cast, as in k-diffusion.
-Timesteps and sigmas stay on the CPU, where reading one waits for no GPU: in an operation with a
-tensor on a GPU, a CPU tensor of no dimensions is a number.
+Timesteps and sigmas stay on the CPU, so that reading one does not wait for the GPU; in operations
+with GPU tensors, 0-dim CPU tensors act like Python numbers.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Timesteps:
-    """The timesteps that one model samples: a part of a scheduler's, from noisy to clean."""
+    """A range of a scheduler's timesteps, from noisy to clean: those that one model denoises."""
 
     scheduled: Tensor  # (S,) on the CPU: all of the scheduler's
     begin: int  # the first index that is sampled
     end: int  # one after the last
-    preceding: int = 0  # steps of the same image that another model has made
+    preceding: int = 0  # number of steps that another model has made before
 
     @property
     def sampled(self) -> Tensor:
@@ -52,8 +52,9 @@ class Timesteps:
     def below(self, cutoff: int, order: int) -> Timesteps:
         """Return the steps below a timestep: a refiner's part of an ensemble.
 
-        With a scheduler of second order they begin with a whole step (diffusers,
-        StableDiffusionXLImg2ImgPipeline.get_timesteps).
+        Called on all of a stage's steps, not on the result of `until`. A second-order scheduler
+        visits most timesteps twice; the refiner repeats the base model's last visit if it would
+        else begin with a second one (diffusers, StableDiffusionXLImg2ImgPipeline.get_timesteps).
         """
         count = int((self.scheduled < cutoff).sum())
         if order == 2 and count % 2 == 0:
@@ -87,7 +88,7 @@ def _scheduler_template(name: str, schedule_type: ScheduleType, config_json: str
     spec = SCHEDULERS[name]
     config = {**json.loads(config_json), **spec.overrides, **SCHEDULE_OVERRIDES[schedule_type]}
     scheduler_class = getattr(diffusers, spec.class_name)
-    # The model's config was written for another class: diffusers warns of what this one lacks.
+    # The config was written for another class; diffusers warns about entries this one lacks.
     known = inspect.signature(scheduler_class.__init__).parameters
     scheduler: SchedulerMixin = scheduler_class.from_config(
         {key: value for key, value in config.items() if key in known}
@@ -98,7 +99,10 @@ def _scheduler_template(name: str, schedule_type: ScheduleType, config_json: str
 def select_timesteps(
     scheduler: SchedulerMixin, num_inference_steps: int, strength: float = 1.0
 ) -> Timesteps:
-    """Set a scheduler's timesteps; the last `strength` of them are sampled (arXiv:2108.01073)."""
+    """Set a scheduler's timesteps, and skip the first 1 - `strength` of them (arXiv:2108.01073).
+
+    int(num_inference_steps * strength), diffusers' count of steps to run, is not 0 in a valid plan.
+    """
     scheduler.set_timesteps(num_inference_steps, device="cpu")
     skipped = num_inference_steps - int(num_inference_steps * strength)
     return Timesteps(scheduler.timesteps, skipped * scheduler.order, end=len(scheduler.timesteps))
@@ -142,10 +146,11 @@ def start_from(
     device: torch.device,
     seeds: Sequence[int],
 ) -> None:
-    """Prepare a scheduler for its first timestep: some visit one twice, and one draws noise.
+    """Set a scheduler's first step, and the noise of DPM-Solver++ (SDE).
 
-    DPM-Solver++ (SDE) draws on the latents' device by default; here from one Brownian motion per
-    image, by its seed, on the CPU. Other schedulers draw by the generators.
+    The index is given because some schedulers visit a timestep twice. DPM-Solver++ (SDE) draws on
+    the latents' device by default; here each image has a Brownian motion from its seed, on the CPU.
+    Other schedulers take the generators at each step.
     """
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(timesteps.begin)
@@ -166,7 +171,9 @@ def noised(
     """Return latents with the noise of a timestep (on the CPU; None: without noise).
 
     Every scheduler's `add_noise` is a · latents + b · noise; on ones and zeros it returns a and b
-    without copying its table of noise levels to the latents' device.
+    without copying its table of noise levels to the latents' device. Many schedulers take the level
+    of the step that comes next, whatever the timestep: call this before the first step, with the
+    first timestep, or right after a step, with the one that follows.
     """
     if timestep is None:
         return latents
@@ -182,7 +189,7 @@ class GuidanceInterval:
     """Classifier-free guidance in a part of the steps (arXiv:2207.12598, 2404.07724)."""
 
     scale: float
-    start: float  # shares of the steps
+    start: float  # fractions of the steps
     end: float
 
 
@@ -198,24 +205,24 @@ class CFGDenoiser:
     guidance: GuidanceInterval | None  # None: the prompts alone
     controlnets: Sequence[ActiveControlNet] = ()
 
-    def __call__(self, sample: Tensor, timestep: Tensor, before: float, after: float) -> Tensor:
+    def __call__(self, sample: Tensor, timestep: Tensor, begin: float, end: float) -> Tensor:
         """Return the prediction (N, 4, H/8, W/8) in fp32 for a scaled sample of that shape.
 
-        `before` and `after` are the shares of an image's steps that are done around this one. As in
-        diffusers, an interval holds a step if it holds both.
+        The step lasts from `begin` to `end`, fractions of the image's steps. Guidance and
+        ControlNets act in it if their intervals include both, as in diffusers.
         """
         guidance, conditioning = self.guidance, self.conditioning
         if guidance is not None:
-            if guidance.start <= before and after <= guidance.end:
+            if guidance.start <= begin and end <= guidance.end:
                 sample = torch.cat([sample, sample])
             else:
                 guidance, conditioning = None, conditioning.of_prompts()
         sample = sample.to(self.model.dtype)
-        # As a number: copying the tensor to a GPU would wait for it.
+        # Filled in by the GPU: copying the CPU's tensor would wait for it.
         t = torch.full((), float(timestep), dtype=torch.float32, device=sample.device)
         residuals: Residuals | None = None
         for controlnet in self.controlnets:
-            if controlnet.plan.start <= before and after <= controlnet.plan.end:
+            if controlnet.plan.start <= begin and end <= controlnet.plan.end:
                 added = controlnet.residuals(sample, t, conditioning)
                 residuals = added if residuals is None else add_residuals(residuals, added)
         noise_pred: Tensor = self.model.graphs.run(
@@ -226,8 +233,8 @@ class CFGDenoiser:
             encoder_hidden_states=conditioning.prompt_embeds,
             timestep_cond=conditioning.timestep_cond,
             added_cond_kwargs=conditioning.added_arguments(),
-            down_block_additional_residuals=residuals and residuals.down,
-            mid_block_additional_residual=residuals and residuals.mid,
+            down_block_additional_residuals=residuals.down if residuals else None,
+            mid_block_additional_residual=residuals.mid if residuals else None,
             return_dict=False,
         )[0].float()
         if guidance is None:
@@ -238,20 +245,23 @@ class CFGDenoiser:
 
 @dataclass(frozen=True)
 class KnownLatents:
-    """An image's latents, which return where inpainting must not change them yet."""
+    """The source image's latents: after each step, they replace what may not change yet."""
 
     latents: Tensor  # (N, 4, h, w)
     noise: Tensor  # (N, 4, h, w)
-    change: Tensor  # (1, 1, h, w) in [0, 1]: the share of the steps that may change it
+    change: Tensor  # (1, 1, h, w) in [0, 1]: the fraction of the steps that may change a latent
 
     def editable(self, step: int, steps: int) -> Tensor:
-        """Return where a step may change: grey areas join late (arXiv:2306.00950, algorithm 1)."""
+        """Return where a step may change latents: white always, grey in the last steps only.
+
+        Differential diffusion (arXiv:2306.00950, algorithm 1).
+        """
         return self.change >= 1 - step / steps - 1e-6
 
     def restore(
         self, sample: Tensor, scheduler: SchedulerMixin, timesteps: Timesteps, step: int
     ) -> Tensor:
-        """Return the sample after a step with the known latents, as noisy, where they belong."""
+        """Return a step's result with known latents, noised alike, outside the editable part."""
         known = noised(scheduler, self.latents, self.noise, timesteps.after(step))
         editable = self.editable(step, timesteps.end - timesteps.begin)
         return torch.where(editable, sample, known)
@@ -276,9 +286,8 @@ def denoise(
     total = -(-steps // scheduler.order)
     with tqdm(total=total, mininterval=1.0) as bar:
         for step, t in enumerate(timesteps.sampled):
-            before = (timesteps.preceding + step) / image_steps
-            after = (timesteps.preceding + step + 1) / image_steps
-            noise_pred = denoiser(scheduler.scale_model_input(sample, t), t, before, after)
+            begin, end = ((timesteps.preceding + k) / image_steps for k in (step, step + 1))
+            noise_pred = denoiser(scheduler.scale_model_input(sample, t), t, begin, end)
             with NonBlockingCopies() if draws else nullcontext():
                 sample = scheduler.step(noise_pred, t, sample, **arguments)[0]
             if known is not None:
