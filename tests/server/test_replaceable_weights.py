@@ -80,7 +80,7 @@ def test_a_file_of_the_operators_that_does_not_fit_ends_the_setup(tmp_path):
         assert fault in health["setup"]["logs"]
 
         def traceback() -> bool:
-            return any("replaceable.py" in message for _, message in server.log_lines())
+            return any("lora.py" in message for _, message in server.log_lines())
 
         wait_for(traceback, "the traceback in the log", 30)
 
