@@ -4,6 +4,7 @@ Nothing imports back, and the request's rules are checked without torch.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,20 @@ def test_torch_is_imported_before_cog_runs_a_training():
     tree = ast.parse(Path("train.py").read_text(encoding="utf-8"))
     imported = [a.name for node in tree.body if isinstance(node, ast.Import) for a in node.names]
     assert "torch" in imported
+
+
+# docs/architecture.md, "Library internals", says why.
+PRIVATE = {"_foreach_copy_", "_register_custom_module"}
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if "miniature" not in p.parts], ids=str)
+def test_no_private_name_of_a_library_is_used(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    used = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and re.fullmatch(r"_[a-z]\w*", node.attr)
+        if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+    }
+    defined = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+    assert used - PRIVATE - defined == set()
