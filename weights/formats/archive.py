@@ -42,9 +42,9 @@ _NEGATIVE_SIZE = ("has a member of negative size", "Pack it again as tar")
 # NotImplementedError: a feature of zip that Python lacks; RuntimeError: a password; the others:
 # zipfile's response to numbers that make no sense.
 _ZIP_ERRORS = (
-    BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError, ValueError,
-    OverflowError, IndexError, struct.error, zipfile.LargeZipFile,
-)  # fmt: skip
+    *(BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError, ValueError),
+    *(OverflowError, IndexError, struct.error, zipfile.LargeZipFile),
+)
 # RecursionError: extended headers that follow extended headers; ValueError: numbers in them.
 _TAR_ERRORS = (tarfile.TarError, ValueError, RecursionError)
 _END = (tarfile.EOFHeaderError, tarfile.EmptyHeaderError)  # type: ignore[attr-defined]
@@ -135,6 +135,8 @@ def _faults(container: Container) -> Iterator[None]:
             raise ArchiveError(f"is no valid zip file ({detail})", "Pack it again") from error
         if "unexpected end" in detail or "truncated" in detail:
             raise ArchiveError(f"is cut short ({detail})", "Get it again") from error
+        if "invalid offset" in detail:  # of Pythons with later fixes
+            raise ArchiveError(*_NEGATIVE_SIZE) from error
         remedy = "Get it again, or pack it as tar"
         raise ArchiveError(f"is no readable tar ({detail})", remedy) from error
 
@@ -155,10 +157,8 @@ class _Tally:
             raise ArchiveError(f"holds more than {limits.total_bytes} bytes", limits.remedy)
         bounded = self.total_bytes > limits.free_bytes
         if bounded and self.total_bytes > limits.ratio * self.packed_bytes:
-            raise ArchiveError(
-                f"expands to more than {limits.ratio} times its size",
-                "Pack it again without compression, as tar",
-            )
+            fault = f"expands to more than {limits.ratio} times its size"
+            raise ArchiveError(fault, "Pack it again without compression, as tar")
 
     def count_member(self, name: str, regular: bool) -> None:
         self.members += 1
@@ -169,14 +169,15 @@ class _Tally:
             fault = f"has a member that points outside of it, {quote(name)}"
             raise ArchiveError(fault, "Pack it with plain names")
         if not regular:
-            raise ArchiveError(
-                f"has a member that is not a regular file, {quote(name)}",
-                "Pack it without links, devices and sparse files",
-            )
+            fault = f"has a member that is not a regular file, {quote(name)}"
+            raise ArchiveError(fault, "Pack it without links, devices and sparse files")
 
 
 class _TarMember(tarfile.TarInfo):
-    """A header that is refused where tarfile would trust it, or take it for the archive's end."""
+    """A header that is refused where tarfile would trust it, or take it for the archive's end.
+
+    Some Pythons read further headers without these methods: `_read_tar` checks what comes of them.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -240,6 +241,8 @@ def _read_tar(raw: IO[bytes] | gzip.GzipFile, tally: _Tally) -> Iterator[Member]
         for info in archive:
             if info.size < 0:  # by a pax header, which replaces the field that was checked
                 raise ArchiveError(*_NEGATIVE_SIZE)
+            if len(info.name) + sum(map(len, info.pax_headers.values())) > MAX_TAR_HEADER_BYTES:
+                raise ArchiveError(*_OUTSIZED_HEADER)
             sparse = info.issparse() or "GNU.sparse.major" in info.pax_headers
             tally.count_member(info.name, (info.isfile() or info.isdir()) and not sparse)
             if content := archive.extractfile(info):  # None for a folder
