@@ -48,10 +48,8 @@ _ZIP_ERRORS = (
 # RecursionError: extended headers that follow extended headers; ValueError: numbers in them.
 _TAR_ERRORS = (tarfile.TarError, ValueError, RecursionError)
 _END = (tarfile.EOFHeaderError, tarfile.EmptyHeaderError)  # type: ignore[attr-defined]
-_EXTENDED_HEADERS = (
-    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
-    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
-)
+_EXTENDED_HEADERS = {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE}
+_EXTENDED_HEADERS |= {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
 
 
 class ArchiveError(Exception):
@@ -174,10 +172,7 @@ class _Tally:
 
 
 class _TarMember(tarfile.TarInfo):
-    """A header that is refused where tarfile would trust it, or take it for the archive's end.
-
-    Some Pythons read further headers without these methods: `_read_tar` checks what comes of them.
-    """
+    """A header that is refused where tarfile would trust it, or take it for the archive's end."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -241,6 +236,7 @@ def _read_tar(raw: IO[bytes] | gzip.GzipFile, tally: _Tally) -> Iterator[Member]
         for info in archive:
             if info.size < 0:  # by a pax header, which replaces the field that was checked
                 raise ArchiveError(*_NEGATIVE_SIZE)
+            # Some Pythons read extended headers without `_TarMember.frombuf`.
             if len(info.name) + sum(map(len, info.pax_headers.values())) > MAX_TAR_HEADER_BYTES:
                 raise ArchiveError(*_OUTSIZED_HEADER)
             sparse = info.issparse() or "GNU.sparse.major" in info.pax_headers
