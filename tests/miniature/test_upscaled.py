@@ -17,7 +17,7 @@ from preprocess.images import MAX_IMAGE_PIXELS
 from tests.helpers.request import REQUEST
 from weights.miniature import world
 
-QUICK = {"num_inference_steps": 2, "width": 72, "height": 64}
+QUICK = {"num_inference_steps": 4, "width": 72, "height": 64}
 
 
 def test_the_factor_is_the_models():
