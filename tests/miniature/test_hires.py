@@ -78,7 +78,7 @@ def test_it_is_image_to_image_on_the_upscaled_image(make):
 
 
 def test_strength_is_how_much_changes(make):
-    settings = {**SMALL, "num_inference_steps": 6}
+    settings = {**SMALL, "num_inference_steps": 8}
     plain = make(**settings, upscale="2").images[0]
     changes = []
     for strength in (0.0, 0.3, 0.9):
