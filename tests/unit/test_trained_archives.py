@@ -116,7 +116,8 @@ def test_a_header_may_name_the_pooling(read_bytes):
 
 def test_pefts_own_folder_brings_its_alpha(read_bytes):
     matrices = cog_lora_tensors()
-    key = next(iter(matrices)).removesuffix(".processor.to_q_lora.down.weight")
+    end = ".processor.to_q_lora.down.weight"
+    key = next(name for name in matrices if name.endswith(end)).removesuffix(end)
     state = {
         f"base_model.model.{key}.to_q.lora_{new}.weight": matrices[
             f"{key}.processor.to_q_lora.{old}.weight"
