@@ -182,12 +182,12 @@ def hidden_content(harness: Harness, count: int = 2, steps: int = 8) -> list[Hid
     return rows
 
 
-def soft_inpainting(harness: Harness, count: int = FEW) -> dict[int, float]:
+def soft_inpainting(harness: Harness) -> dict[int, float]:
     """Return the mask's grey → the mean difference under it, at full strength."""
     changes = {}
     for grey in GREYS:
         far = []
-        for case in cases(count):
+        for case in cases(FEW):
             source, mask = case.source(), case.mask()
             soft = mask.point(lambda v, grey=grey: grey if v else 0)
             for image in harness.make(
