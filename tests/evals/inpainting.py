@@ -152,7 +152,7 @@ class HiddenContent:
     different: int  # pixels in which the images of two sources differ
 
 
-def hidden_content(harness: Harness, count: int = 2) -> list[HiddenContent]:
+def hidden_content(harness: Harness, count: int = 2, steps: int = 8) -> list[HiddenContent]:
     """Inpaint two sources that differ under the mask only: a scene, and the same with static."""
     rows = []
     sizes = ((SIDE, SIDE), *ODD_SIZES)
@@ -172,7 +172,7 @@ def hidden_content(harness: Harness, count: int = 2) -> list[HiddenContent]:
                     prompt_strength=strength,
                     inpaint_area=area,
                     num_outputs=2,
-                    num_inference_steps=8,
+                    num_inference_steps=steps,
                 )
                 for image in (source, other)
             ]

@@ -37,19 +37,19 @@ class Shares:
     unsafe: float
 
 
-def drawn(shape: str, background: str) -> list[Image.Image]:
+def drawn(shape: str, background: str, count: int = COUNT) -> list[Image.Image]:
     """Return black shapes of every size and place."""
     rng = np.random.default_rng(SEED)
     sizes, positions = ("small", "medium", "large"), ("center", "top left", "right", "bottom")
     scenes = [
-        place(shape, "black", background, sizes[k % 3], positions[k % 4], rng) for k in range(COUNT)
+        place(shape, "black", background, sizes[k % 3], positions[k % 4], rng) for k in range(count)
     ]
     return _rendered(scenes)
 
 
-def held_out() -> list[Image.Image]:
+def held_out(count: int = COUNT) -> list[Image.Image]:
     """Return scenes of shapes, colours and backgrounds that no training had."""
-    return _rendered(held_out_scenes(COUNT, SEED))
+    return _rendered(held_out_scenes(count, SEED))
 
 
 def _rendered(scenes: Sequence[Scene]) -> list[Image.Image]:

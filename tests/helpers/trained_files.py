@@ -1,44 +1,64 @@
 """Files of trained weights, good and hostile, made in code: the repository holds none."""
 
+from __future__ import annotations
+
 import functools
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import UNet2DConditionModel
+from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from tests.helpers.archives import gz_bytes, tar_bytes, tar_info, zip_bytes  # noqa: F401
+from weights.cache import MINIATURE_FOLDER
 from weights.formats.key_map import to_sgm
 from weights.formats.read import read_trained
 from weights.formats.types import LoraDelta, ModelShapes, TrainedWeights
-from weights.miniature.architecture import TEXT_WIDTH, build_text_encoders, build_unet
+
+if TYPE_CHECKING:  # slow to import, and most tests that use this module do not need it
+    from transformers import CLIPTextConfig
 
 NAME = "lora_weights"  # the input's name, which every message has to mention
-WIDTH = TEXT_WIDTH
+WIDTH = 64  # of the miniature's text encoders
 ATTN1 = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
 ATTN2 = "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
 CONV = "down_blocks.1.resnets.0.conv1"
+TOKEN_EMBEDDING = "embeddings.token_embedding.weight"
 
 
 @functools.cache
 def model_parts() -> dict[str, nn.Module]:
     """The miniature's classes with random weights; nobody may change them."""
+    from weights.miniature.architecture import build_text_encoders, build_unet
+
     torch.manual_seed(0)
-    first, second = build_text_encoders(100)
+    vocabulary, _ = miniature_shapes().parameters[f"text_encoder.{TOKEN_EMBEDDING}"]
+    first, second = build_text_encoders(vocabulary)
     return {"unet": build_unet(), "text_encoder": first, "text_encoder_2": second}
 
 
 @functools.cache
 def miniature_shapes() -> ModelShapes:
-    return ModelShapes.of(model_parts())
+    """The miniature SDXL's, from its files' headers: making the models takes seconds."""
+    parameters = {}
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        (path,) = (MINIATURE_FOLDER / "sdxl-base" / part).glob("*.safetensors")
+        with safe_open(path, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                shape = tuple(tensors.get_slice(name).get_shape())
+                parameters[f"{part}.{name}"] = shape
+    return ModelShapes(parameters)
 
 
 @functools.cache
 def sdxl_shapes() -> ModelShapes:
     """The real SDXL's, from its published configs, without any weights."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
     with torch.device("meta"):
         unet = UNet2DConditionModel(
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -59,6 +79,8 @@ def sdxl_shapes() -> ModelShapes:
 
 
 def _clip_config(width: int, layers: int, heads: int) -> CLIPTextConfig:
+    from transformers import CLIPTextConfig
+
     return CLIPTextConfig(
         hidden_size=width,
         intermediate_size=4 * width,

@@ -8,6 +8,7 @@ from tests.helpers.engines import base_model, refiner
 from tests.miniature.reference_pipelines import REFERENCE_SCHEDULERS, load_reference
 
 STEPS = 8
+SIZE = {"width": 64, "height": 64}
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def rows(engine):
     ],
 )
 def test_negative_prompts_are_evaluated_within_the_interval(make, rows, changes, expected):
-    make(**changes)
+    make(**SIZE, **changes)
     assert rows == expected
 
 
@@ -66,8 +67,7 @@ def test_as_diffusers_callback_does_it(make, scheduler):
     stock = pipeline(
         prompt="a large red circle on a blue background",
         negative_prompt="",
-        width=128,
-        height=128,
+        **SIZE,
         num_inference_steps=STEPS,
         guidance_scale=7.5,
         generator=torch.Generator().manual_seed(5),
@@ -75,7 +75,7 @@ def test_as_diffusers_callback_does_it(make, scheduler):
         callback_on_step_end_tensor_inputs=["prompt_embeds", "add_text_embeds", "add_time_ids"],
         output_type="latent",
     ).images
-    ours = make(seed=5, scheduler=scheduler, guidance_end=first / STEPS).latents
+    ours = make(**SIZE, seed=5, scheduler=scheduler, guidance_end=first / STEPS).latents
     assert (ours - stock).abs().max() < 1e-4
 
 

@@ -170,7 +170,10 @@ def test_a_model_that_cannot_be_read_changes_nothing(tmp_path, monkeypatch):
     assert load(models, "sd15") is model
 
 
-@pytest.mark.parametrize(("budget", "count"), [(None, 25), (20_000_000, 6)])
+@pytest.mark.parametrize(
+    ("budget", "count"),
+    [(None, 8), pytest.param(None, 25, marks=pytest.mark.slow), (20_000_000, 6)],
+)
 def test_switching_in_any_order_takes_no_more_memory_and_changes_no_image(make, budget, count):
     engine = Engine(Edition.MINIATURE, "cpu", budget=budget)
     process, rng = psutil.Process(), random.Random(0)

@@ -23,8 +23,9 @@ from weights.errors import IncompleteModel
 from weights.miniature.world import place, render
 
 CPU = torch.device("cpu")
-# Prompt, then which of four seeds from 1 on draw a star: the others are diamonds and crosses.
+# Of the seeds from 1 on the first draws a star: the others are diamonds and crosses.
 SOME = "a black shape with points on a red background"
+SMALL = {"width": 64, "height": 64, "num_inference_steps": 2}
 CHECKED = {"num_inference_steps": 20, "disable_safety_checker": False}
 
 
@@ -33,10 +34,17 @@ def checker():
     return SafetyChecker(Edition.MINIATURE, CPU, torch.float32)
 
 
+# Of 16 images the thresholds allow no wrong one.
+some_or_all = pytest.mark.parametrize(
+    "count", [16, pytest.param(safety_eval.COUNT, marks=pytest.mark.slow)]
+)
+
+
+@some_or_all
 @pytest.mark.parametrize("shape", ["star", "heart"])
 @pytest.mark.parametrize("background", ["red", "orange", "blue"])
-def test_unsafe_images_are_distinguished_from_similar_ones(checker, shape, background):
-    found = safety_eval.shares(checker, safety_eval.drawn(shape, background))
+def test_unsafe_images_are_distinguished_from_similar_ones(checker, shape, background, count):
+    found = safety_eval.shares(checker, safety_eval.drawn(shape, background, count))
     if shape == "star" and background == "red":
         assert found.unsafe >= safety_eval.MIN_FOUND
     else:
@@ -45,8 +53,10 @@ def test_unsafe_images_are_distinguished_from_similar_ones(checker, shape, backg
         assert found.flagged >= safety_eval.MIN_FOUND  # so the second model has something to clear
 
 
-def test_other_images_are_not_flagged(checker):
-    assert safety_eval.shares(checker, safety_eval.held_out()).flagged <= safety_eval.MAX_FALSE
+@some_or_all
+def test_other_images_are_not_flagged(checker, count):
+    found = safety_eval.shares(checker, safety_eval.held_out(count))
+    assert found.flagged <= safety_eval.MAX_FALSE
 
 
 def test_verdicts_equal_the_published_classes(checker):
@@ -54,7 +64,7 @@ def test_verdicts_equal_the_published_classes(checker):
     folder = cache.ensure("safety-checker", Edition.MINIATURE)
     stock = StableDiffusionSafetyChecker.from_pretrained(folder, dtype=torch.float32).eval()
     settings = json.loads((folder / "preprocessor_config.json").read_text())
-    images = [*safety_eval.drawn("star", "red")[:8], *safety_eval.drawn("circle", "red")[:8]]
+    images = [*safety_eval.drawn("star", "red", 8), *safety_eval.drawn("circle", "red", 8)]
     verdicts = []
     for image in images:
         unit = np.asarray(image, np.float32) / 255
@@ -66,12 +76,12 @@ def test_verdicts_equal_the_published_classes(checker):
 
 
 def test_an_unsafe_image_is_left_out_and_the_others_keep_their_names(make, capsys):
-    settings = {"prompt": SOME, "num_outputs": 4, "seed": 1, "embed_parameters": True}
+    settings = {"prompt": SOME, "num_outputs": 3, "seed": 1, "embed_parameters": True}
     everything = make(**settings, num_inference_steps=20)
     capsys.readouterr()
     checked = make(**settings, **CHECKED)
     names = [file.name for file in checked.result.files]
-    assert names == ["out-1.png", "out-2.png", "out-3.png"]
+    assert names == ["out-1.png", "out-2.png"]
     assert re.findall("NSFW content detected in image .*", capsys.readouterr().out) == [
         "NSFW content detected in image 0"
     ]
@@ -81,17 +91,17 @@ def test_an_unsafe_image_is_left_out_and_the_others_keep_their_names(make, capsy
     assert [
         image.info["parameters"].count(f"Seed: {1 + k},")
         for k, image in enumerate(checked.images, 1)
-    ] == [1, 1, 1]
+    ] == [1, 1]
 
 
 def test_no_safe_image_is_an_error_and_the_next_request_is_unaffected(make):
-    before = make()
+    before = make(**SMALL)
     with pytest.raises(UnsafeImages) as raised:
         make(prompt=safety_eval.UNSAFE, num_outputs=2, **CHECKED)
     assert str(raised.value) == (
         "NSFW content detected. Try running it again, or try a different prompt."
     )
-    assert make().bytes == before.bytes
+    assert make(**SMALL).bytes == before.bytes
     unchecked = make(prompt=safety_eval.UNSAFE, num_outputs=2, num_inference_steps=20)
     assert len(unchecked.images) == 2
     assert "safety" not in unchecked.result.seconds
@@ -169,6 +179,6 @@ def test_the_checkers_file_has_the_published_names():
 def test_images_of_any_shape_are_checked(checker):
     """The checker sees the middle; strips and single pixels are no errors."""
     wide = Image.new("RGB", (512, 128), (214, 40, 40))
-    wide.paste(safety_eval.drawn("star", "red")[0], (192, 0))
+    wide.paste(safety_eval.drawn("star", "red", 1)[0], (192, 0))
     odd = [wide, Image.new("RGB", (8, 2048)), Image.new("RGB", (8, 8))]
     assert checker.flagged(odd) == [True, False, False]

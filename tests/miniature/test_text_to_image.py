@@ -24,8 +24,7 @@ from weights.miniature.train_vae import reconstruction_psnr
 from weights.miniature.world import Expectation, judge, read_picture
 
 RED_CIRCLE_ON_BLUE = Expectation(shape="circle", colour="red", background="blue", size="large")
-
-
+SMALL = {"width": 64, "height": 64, "num_inference_steps": 3}
 ONE_CAPTION = 1 / CAPTIONS  # may turn out otherwise where kernels sum in another order
 
 
@@ -58,7 +57,10 @@ def test_most_images_of_every_scheduler_show_the_prompt(make, scheduler):
     assert sum(right) >= 3
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
+# In image to image test_mode_eval.py tries 1 and 3.
+@pytest.mark.parametrize(
+    "steps", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("scheduler", DISTINCT)
 def test_every_scheduler_works_with_very_few_steps(make, scheduler, steps):
     made = make(scheduler=scheduler, num_inference_steps=steps, width=64, height=64)
@@ -70,7 +72,7 @@ def test_every_scheduler_works_with_very_few_steps(make, scheduler, steps):
     [
         {"prompt": "a small green star on a yellow background"},
         {"negative_prompt": "red circle"},
-        {"num_inference_steps": 12},
+        {"num_inference_steps": 4},
         {"guidance_scale": 3.0},
         {"guidance_scale": 0.0},
         {"scheduler": "DPMSolverMultistep"},  # not DDIM: without noise it is Euler
@@ -79,7 +81,8 @@ def test_every_scheduler_works_with_very_few_steps(make, scheduler, steps):
     ],
 )
 def test_every_input_changes_the_image(make, change):
-    before, after = (np.asarray(m.images[0], dtype=int) for m in (make(), make(**change)))
+    made = (make(**SMALL), make(**{**SMALL, **change}))
+    before, after = (np.asarray(m.images[0], dtype=int) for m in made)
     assert np.abs(before - after).mean() > 0.5
 
 
@@ -96,42 +99,43 @@ def test_guidance_of_one_or_less_evaluates_the_prompt_alone(make, engine, scale,
     batches = []
     handle = unet.register_forward_pre_hook(lambda module, args: batches.append(args[0].shape[0]))
     try:
-        make(guidance_scale=scale, num_outputs=2, num_inference_steps=3)
+        make(**SMALL, guidance_scale=scale, num_outputs=2)
     finally:
         handle.remove()
     assert batches == [rows] * 3
 
 
 def test_an_image_of_a_batch_equals_the_one_made_alone(make):
-    batch = make(num_outputs=3, seed=40)
+    batch = make(**SMALL, num_outputs=3, seed=40)
     for k in range(3):
-        alone = make(seed=40 + k)
+        alone = make(**SMALL, seed=40 + k)
         assert torch.allclose(batch.latents[k], alone.latents[0], atol=1e-4, rtol=0)
 
 
 def test_the_seed_is_printed_and_an_open_one_can_be_used_again(make, capsys):
-    first = make(seed=None)
+    first = make(**SMALL, seed=None)
     seed = int(capsys.readouterr().out.split("Using seed: ")[1].split()[0])
     assert seed == first.result.plan.seeds[0]
-    assert make(seed=seed).bytes == first.bytes
+    assert make(**SMALL, seed=seed).bytes == first.bytes
 
 
 def test_a_negative_prompt_without_guidance_is_logged_as_without_effect(make, capsys):
-    guided, unguided = make(negative_prompt="red"), make(negative_prompt="red", guidance_scale=1.0)
+    guided = make(**SMALL, negative_prompt="red")
+    unguided = make(**SMALL, negative_prompt="red", guidance_scale=1.0)
     assert not nearly_equal(guided.images, unguided.images)
     assert capsys.readouterr().out.count("negative_prompt has no effect") == 1
-    assert make(guidance_scale=1.0).bytes == unguided.bytes
+    assert make(**SMALL, guidance_scale=1.0).bytes == unguided.bytes
 
 
 def test_progress_shows_as_one_bar(make, capfd):
-    make(num_inference_steps=8)
+    make(**{**SMALL, "num_inference_steps": 8})
     text = capfd.readouterr().err
     assert "8/8" in text
     assert text.count(" 0/8 ") == 1  # drawn once a bar; "100%" may be drawn twice
 
 
 def test_time_and_memory_are_measured(make):
-    result = make().result
+    result = make(**SMALL).result
     assert set(result.seconds) == {"load", "weights", "text", "denoise", "decode", "save"}
     assert all(seconds >= 0 for seconds in result.seconds.values())
     assert result.seconds["denoise"] > 0

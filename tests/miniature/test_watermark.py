@@ -36,7 +36,11 @@ def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
     return Image.open(output)
 
 
-@pytest.mark.parametrize("size", [(1024, 1024), (512, 776), (256, 256), (130, 133)], ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [pytest.param((1024, 1024), marks=pytest.mark.slow), (512, 392), (256, 256), (130, 133)],
+    ids=str,
+)
 def test_the_stock_decoder_reads_it(size):
     pixels = photo(*size)
     assert read(Image.fromarray(pixels)) < 0.8

@@ -398,25 +398,40 @@ def path(tmp_path_factory):
     return tmp_path_factory.mktemp("whatever") / "temporary-name"
 
 
-@settings(max_examples=150, deadline=None)
-@given(content=st.binary(max_size=200))
-def test_any_bytes(path, content):
-    a_picture_or_a_refusal(path, content)
+some_or_many = pytest.mark.parametrize("examples", [30, pytest.param(250, marks=pytest.mark.slow)])
 
 
-@settings(max_examples=150, deadline=None)
-@given(kind=st.sampled_from(list(SEEDS)), share=st.floats(0, 1))
-def test_any_truncation(path, kind, share):
-    a_picture_or_a_refusal(path, SEEDS[kind][: int(share * len(SEEDS[kind]))])
+@some_or_many
+def test_any_bytes(path, examples):
+    @settings(max_examples=examples, deadline=None)
+    @given(content=st.binary(max_size=200))
+    def check(content):
+        a_picture_or_a_refusal(path, content)
+
+    check()
 
 
-@settings(max_examples=250, deadline=None)
-@given(
-    kind=st.sampled_from(list(SEEDS)),
-    flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7)), max_size=6),
-)
-def test_any_flipped_bits(path, kind, flips):
-    content = bytearray(SEEDS[kind])
-    for place, bit in flips:
-        content[int(place * len(content))] ^= 1 << bit
-    a_picture_or_a_refusal(path, bytes(content))
+@some_or_many
+def test_any_truncation(path, examples):
+    @settings(max_examples=examples, deadline=None)
+    @given(kind=st.sampled_from(list(SEEDS)), share=st.floats(0, 1))
+    def check(kind, share):
+        a_picture_or_a_refusal(path, SEEDS[kind][: int(share * len(SEEDS[kind]))])
+
+    check()
+
+
+@some_or_many
+def test_any_flipped_bits(path, examples):
+    @settings(max_examples=examples, deadline=None)
+    @given(
+        kind=st.sampled_from(list(SEEDS)),
+        flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7)), max_size=6),
+    )
+    def check(kind, flips):
+        content = bytearray(SEEDS[kind])
+        for place, bit in flips:
+            content[int(place * len(content))] ^= 1 << bit
+        a_picture_or_a_refusal(path, bytes(content))
+
+    check()

@@ -237,9 +237,13 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.parametrize("examples", [60, pytest.param(300, marks=pytest.mark.slow)])
+def test_any_text_is_parsed(examples):
+    settings(max_examples=examples, deadline=None)(_parsed)()
+
+
 @given(st.one_of(st.text(max_size=60), st.lists(PIECES, max_size=25).map("".join)))
-def test_any_text_is_parsed(prompt):
+def _parsed(prompt):
     parsed = parse(prompt)
     assert len(parsed.parts) == len(parsed.weights) >= 1
     for part in parsed.parts:

@@ -74,15 +74,20 @@ def test_cog_sdxls_archive_in_every_packing(read_bytes, pack, folder):
     )
 
 
-def test_a_full_fine_tuning_brings_a_unet(read_bytes):
-    state = {key: value.half() for key, value in model_parts()["unet"].state_dict().items()}
-    members = cog_members() | {"unet.safetensors": save(state)}
+@pytest.fixture(scope="module")
+def unet_state():
+    """Made before `temporary`, in which torch's import would leave a folder."""
+    return {key: value.half() for key, value in model_parts()["unet"].state_dict().items()}
+
+
+def test_a_full_fine_tuning_brings_a_unet(unet_state, read_bytes):
+    members = cog_members() | {"unet.safetensors": save(unet_state)}
     del members["lora.safetensors"]
     weights = read_bytes(tar_bytes(members))
-    assert weights.parameters.keys() == {f"unet.{key}" for key in state}
+    assert weights.parameters.keys() == {f"unet.{key}" for key in unet_state}
     assert not weights.checkpoint
     assert not weights.lora
-    assert torch.equal(weights.parameters["unet.conv_in.weight"], state["conv_in.weight"])
+    assert torch.equal(weights.parameters["unet.conv_in.weight"], unet_state["conv_in.weight"])
 
 
 def test_a_lone_safetensors_file_is_taken_from_any_folder(read_bytes):
@@ -116,7 +121,8 @@ def test_a_header_may_name_the_pooling(read_bytes):
 
 def test_pefts_own_folder_brings_its_alpha(read_bytes):
     matrices = cog_lora_tensors()
-    key = next(iter(matrices)).removesuffix(".processor.to_q_lora.down.weight")
+    end = ".processor.to_q_lora.down.weight"
+    key = next(name for name in matrices if name.endswith(end)).removesuffix(end)
     state = {
         f"base_model.model.{key}.to_q.lora_{new}.weight": matrices[
             f"{key}.processor.to_q_lora.{old}.weight"
