@@ -8,7 +8,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 def pytest_addoption(parser):
     group = parser.getgroup("test_adapter_state.py")
-    group.addoption("--state-sequences", type=int, metavar="N", help="N other sequences")
+    group.addoption("--state-sequences", type=int, metavar="N", help="N sequences, not always 64")
     group.addoption("--state-seed", type=int, metavar="S", help="the first sequence's number")
 
 

@@ -17,7 +17,7 @@ from weights.miniature.world import Expectation, judge
 
 PROMPT = "a large red TOK on a blue background"
 PICTURES = 4
-TRAININGS = 3  # one after the other
+TRAININGS = 6  # one after the other
 
 
 @functools.cache
