@@ -160,7 +160,9 @@ def test_noise_between_steps_depends_on_each_images_seed(make, name):
     both = make(**settings, num_outputs=2)
     second = {**settings, "seed": 6}
     alone = make(**second)
-    assert (both.latents[1] - alone.latents[0]).abs().max() < 1e-4
+    # Rounding grows with the latents, which DPM2 a's few steps take to 15.
+    scale = alone.latents.abs().max()
+    assert (both.latents[1] - alone.latents[0]).abs().max() < 3e-5 * scale
     assert (both.latents[0] - both.latents[1]).abs().max() > 0.1
     assert make(**second).bytes == alone.bytes
 
